@@ -1,0 +1,79 @@
+"""From what the user calls a model to its shape: a folder or file, a built-in card, the cache, the hub."""
+
+from __future__ import annotations
+
+import os
+
+from brim.errors import InvalidFile, UnknownName, quoted
+from brim.readers.hf_config import read_config
+from brim.readers.hub import download_config, find_cached_config, is_hub_name
+from brim.readers.json_file import read_json_object
+from brim.spec.model import ModelShape
+from brim.tables.read import Card, find_card, list_cards
+
+
+def read_model(name: str, *, refresh: bool = False) -> tuple[ModelShape, str]:
+    """Return the shape of a model, and one sentence that says where it was read.
+
+    A folder or file comes first, then a built-in card, the local cache, the hub; so the same name gives
+    the same shape on every machine, and a card needs no network. No weights are read, no code is run.
+
+    Args:
+        name: a folder with a config.json, a config.json, a hub id, or a bare size such as `7B`.
+        refresh: ask the hub before cards and cache.
+
+    Raises:
+        UnknownName: no such model. Unreachable: the hub did not answer, or the model is gated.
+        InvalidFile, InvalidConfig: the file is broken. UnsupportedModel: the formula does not know it.
+    """
+    card = find_card(name)
+    path = _local_path(name, card)
+    if path is not None:
+        return read_config(read_json_object(path), name=name), f"model read from {quoted(path)[1:-1]}"
+    if refresh:
+        return _from_hub(card.id if card else name)
+    if card is not None:
+        return read_config(card.config, name=card.id), _card_sentence(name, card)
+    cached = find_cached_config(name)
+    if cached is not None:
+        return read_config(read_json_object(cached), name=name), f"{name}, read from the local Hugging Face cache"
+    return _from_hub(name)
+
+
+def _local_path(name: str, card: Card | None) -> str | None:
+    """Return the config file a path means; None if the text means no path, or a card of the same name."""
+    path = os.path.expanduser(name)
+    if "\0" in path or not os.path.lexists(path):
+        _refuse_missing_file(name)
+        return None
+    config = os.path.join(path, "config.json")
+    if os.path.isdir(path) and (os.path.lexists(config) or card is None):
+        if not os.path.lexists(config):
+            raise InvalidFile(path=name, problem="is a folder without a config.json")
+        return config
+    # A stray file called `7b` must not hide the card of that name.
+    return path if card is None or path.endswith(".json") else None
+
+
+def _refuse_missing_file(name: str) -> None:
+    if name.endswith(".json") or name.startswith(("/", "./", "../", "~")):
+        raise InvalidFile(path=name, problem="there is no such file or folder")
+
+
+def _card_sentence(name: str, card: Card) -> str:
+    if name.strip().lower() == card.id.lower():
+        return f"{card.id}, a built-in card"
+    return f"{quoted(name.strip())[1:-1]} stands for {card.id}, a built-in card"
+
+
+def _from_hub(name: str) -> tuple[ModelShape, str]:
+    # Repositories without an owner are old and all have one by now; a bare word is far more often a typing error.
+    if not is_hub_name(name) or "/" not in name:
+        hint = "give a hub id (owner/name), a folder, or a config.json; `brim models` lists the built-in cards"
+        raise UnknownName(kind="model", name=name, known=_known_names(), hint=hint)
+    path = download_config(name, _known_names())
+    return read_config(read_json_object(path), name=name), f"{name}, read from the Hugging Face hub"
+
+
+def _known_names() -> list[str]:
+    return [text for card in list_cards() for text in (card.id, *card.aliases)]

@@ -1,0 +1,101 @@
+"""How the model is trained: everything that changes the training result, and the engine that runs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from brim.spec.model import STRICT
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+Method = Literal["full", "lora", "qlora"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lora:
+    """A low-rank adapter."""
+
+    __pydantic_config__ = STRICT
+
+    r: int
+    """Rank."""
+    alpha: float
+    """Scale numerator."""
+    dropout: float = 0.0
+    """Dropout before the first adapter matrix, fraction."""
+    target_modules: tuple[str, ...]
+    """Names of the matrices that get an adapter; `all-linear` means every one but the head."""
+    use_dora: bool = False
+    """Weight-decomposed variant: a magnitude vector per matrix."""
+    use_rslora: bool = False
+    """Rank-stabilised scale; changes no memory."""
+    dtype: Dtype = "fp32"
+    """dtype of the adapter's weights, gradients and optimizer states."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """How the frozen base weights are stored."""
+
+    __pydantic_config__ = STRICT
+
+    kind: Literal["nf4", "fp4", "int8", "gptq-int4", "fp8"]
+    """Storage format of the quantised matrices."""
+    double_quant: bool = False
+    """bitsandbytes: the scales are quantised once more."""
+    block_size: int = 64
+    """Weights that share a scale (bitsandbytes 64, GPTQ usually 128)."""
+    upcast_rest: bool = False
+    """Whether 16-bit parameters are cast to fp32 (PEFT's `prepare_model_for_kbit_training`)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """What the training loop does between the user's lines: each of these moves gigabytes."""
+
+    __pydantic_config__ = STRICT
+
+    name: str
+    """Trainer preset of the trainers table: `trl`, `transformers`, `unsloth`, `accelerate`, `plain`."""
+    set_to_none: bool = True
+    """Whether gradients are freed after the optimizer step rather than zeroed."""
+    logits_alive_in_backward: bool = False
+    """Whether the loop keeps the model's output until after the backward pass."""
+    upcasts_logits: bool = True
+    """Whether the loss runs on an fp32 copy of the logits."""
+    copies_shifted_logits: bool = False
+    """Whether logits are copied to drop the last position (transformers before 4.50) rather than labels padded."""
+    repeats_kv: bool = False
+    """Whether keys and values are repeated to all heads before the attention kernel."""
+    fused_experts: bool = True
+    """Whether experts are one 3-D parameter (transformers 5): bitsandbytes leaves it in 16 bit, adapters skip it."""
+    evaluates: bool = True
+    """Whether the loop evaluates with the training micro-batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Method, precision and optimizer, and the engine whose semantics apply."""
+
+    __pydantic_config__ = STRICT
+
+    method: Method
+    """Which parameters train: all (`full`), adapters (`lora`), adapters on a 4- or 8-bit base (`qlora`)."""
+    optimizer: str = "adamw"
+    """Key of the optimizers table."""
+    weight_dtype: Dtype = "bf16"
+    """dtype the unquantised weights are loaded in."""
+    compute_dtype: Dtype = "bf16"
+    """dtype of matrix products."""
+    autocast: bool = False
+    """Whether the forward pass runs under autocast."""
+    master_weights: bool = False
+    """Whether the optimizer holds a further fp32 copy of trained weights."""
+    gradient_dtype: Dtype | None = None
+    """dtype of gradients; None means that of the trained weight."""
+    lora: Lora | None = None
+    """The adapter, for `lora` and `qlora`."""
+    quantization: Quantization | None = None
+    """Storage of the frozen base, for `qlora`."""
+    engine: Engine
+    """Semantics of the training loop."""
