@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from brim.errors import InvalidConfig, UnsupportedModel, quoted
 
@@ -18,6 +18,7 @@ LARGEST_NUM_LAYERS = 10_000
 LARGEST_NUM_EXPERTS = 100_000
 LARGEST_NUM_LABELS = 1_000_000
 _LONGEST_TEXT = 200
+_DTYPES: dict[str, Literal["fp32", "bf16", "fp16"]] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _KINDS: tuple[tuple[type, str], ...] = ((Mapping, "an object"), (list, "a list"), (tuple, "a list"))
 
 
@@ -40,6 +41,8 @@ class ConfigFields:
 
     source: str
     """Name of the model, for messages."""
+    model_type: str
+    """Architecture the keys belong to."""
     values: Mapping[str, Any]
     """Values as given."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -50,8 +53,13 @@ class ConfigFields:
     """Path of this object inside the config, for messages."""
 
     def refuse(self, key: str, problem: str) -> NoReturn:
-        """Raise `InvalidConfig` for a key."""
-        raise InvalidConfig(source=self.source, path=self.prefix + key, problem=problem)
+        """Raise `InvalidConfig` for a key, spelled as the config spells it."""
+        spelled = next((name for name in self._spellings(key) if name in self.values), key)
+        raise InvalidConfig(source=self.source, path=self.prefix + spelled, problem=problem)
+
+    def _spellings(self, key: str) -> tuple[str, ...]:
+        """Return the canonical name of a key, then its aliases."""
+        return key, *(alias for alias, canonical in self.aliases.items() if canonical == key)
 
     def unsupported(self, what: str) -> NoReturn:
         """Raise `UnsupportedModel` for a feature."""
@@ -63,24 +71,20 @@ class ConfigFields:
         Raises:
             InvalidConfig: two spellings of the key disagree, or a required key is absent.
         """
-        spellings = (key, *(alias for alias, canonical in self.aliases.items() if canonical == key))
-        given = [name for name in spellings if name in self.values]
+        given = [name for name in self._spellings(key) if name in self.values]
         if not given:
             if key not in self.defaults:
                 self.refuse(key, "is missing")
             return self.defaults[key]
         first = self.values[given[0]]
         for other in given[1:]:
-            if type(first) is not type(self.values[other]) or not _same(first, self.values[other]):
-                self.refuse(other, f"and {given[0]} disagree")
+            if not _same(first, self.values[other]):
+                self.refuse(given[0], f"and {other} disagree")
         return first
 
     def has(self, key: str) -> bool:
         """Return whether the config gives a value other than null."""
-        return any(
-            self.values.get(name) is not None
-            for name in (key, *(alias for alias, canonical in self.aliases.items() if canonical == key))
-        )
+        return any(self.values.get(name) is not None for name in self._spellings(key))
 
     def number(self, key: str, *, at_least: int = 1, at_most: int = LARGEST_DIM) -> int:
         """Return a whole number within bounds.
@@ -145,6 +149,17 @@ class ConfigFields:
             self.refuse(key, f"has {len(value)} entries; at most {LARGEST_NUM_LAYERS} can be meant")
         return value
 
+    def native_dtype(self, *parts: ConfigFields) -> Literal["fp32", "bf16", "fp16"]:
+        """Return the dtype of the checkpoint: `dtype`, else `torch_dtype`, here or in a part; fp32 if none says."""
+        for fields in (self, *parts):
+            for key in ("dtype", "torch_dtype"):
+                if fields.values.get(key) is not None:
+                    dtype = fields.text(key).removeprefix("torch.")
+                    if dtype not in _DTYPES:
+                        fields.unsupported(f"dtype {dtype[:40]}")
+                    return _DTYPES[dtype]
+        return "fp32"
+
     def num_layers(self, key: str = "num_hidden_layers", *, at_least: int = 1) -> int:
         """Return a number of layers."""
         return self.number(key, at_least=at_least, at_most=LARGEST_NUM_LAYERS)
@@ -160,20 +175,22 @@ class ConfigFields:
             self.refuse("id2label", f"has {len(labels)} entries")
         return len(labels)
 
-    def child(self, key: str, *, defaults: Mapping[str, Any], aliases: Mapping[str, str] | None = None) -> ConfigFields:
+    def child(self, key: str, *, model_type: str, defaults: Mapping[str, Any]) -> ConfigFields:
         """Return the fields of a nested config object; absent or null means all defaults."""
         value = self.values.get(key)
         if value is not None and not isinstance(value, Mapping):
             self.refuse(key, f"must be an object, not {describe(value)}")
+        if value and value.get("model_type") not in (None, model_type):
+            self.unsupported(f"{key} of model_type {describe(value['model_type'])}")
         return ConfigFields(
             source=self.source,
+            model_type=model_type,
             values=value or {},
             defaults=defaults,
-            aliases=aliases or {},
             prefix=f"{self.prefix}{key}.",
         )
 
 
 def _same(first: object, second: object) -> bool:
     """Return whether two scalars agree; anything deeper counts as different, so that nothing is walked."""
-    return isinstance(first, (int, float, str, type(None))) and first == second
+    return type(first) is type(second) and isinstance(first, (int, float, str, type(None))) and first == second

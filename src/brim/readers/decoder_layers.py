@@ -45,16 +45,25 @@ def layer_types(
     fields: ConfigFields, facts: DecoderFacts, num_layers: int, rotated: Sequence[bool] = ()
 ) -> Sequence[str]:
     """Return `layer_types` as given where the architecture reads it, else by the architecture's rule."""
-    listed = None
-    if facts.window not in ("none", "all"):
-        listed = fields.listing("layer_types", length=num_layers)
-    if listed is None:
-        return [_SLIDING if _slides(fields, facts, layer, rotated) else _FULL for layer in range(num_layers)]
-    for kind in listed:
+    listed = None if facts.window in ("none", "all") else listed_layer_types(fields, num_layers)
+    if listed is not None:
+        return listed
+    return [_SLIDING if _slides(fields, facts, layer, rotated) else _FULL for layer in range(num_layers)]
+
+
+def listed_layer_types(fields: ConfigFields, num_layers: int) -> Sequence[str] | None:
+    """Return `layer_types` as given, or None.
+
+    Raises:
+        InvalidConfig: not one text per layer.
+        UnsupportedModel: a kind of attention other than full and sliding.
+    """
+    listed = fields.listing("layer_types", length=num_layers)
+    for kind in listed or ():
+        if not isinstance(kind, str):
+            fields.refuse("layer_types", "must hold texts")
         if kind not in (_FULL, _SLIDING):
-            if not isinstance(kind, str):
-                fields.refuse("layer_types", "must hold texts")
-            fields.unsupported(f"layer type {kind[:40]!r}")
+            fields.unsupported(f"layer type {kind[:40]}")
     return listed
 
 
@@ -77,10 +86,7 @@ def _slides(fields: ConfigFields, facts: DecoderFacts, layer: int, rotated: Sequ
 
 
 def _window(fields: ConfigFields) -> int | None:
-    """Return tokens each query sees in a sliding layer, or None; 0 is how Qwen2-MoE saves "none".
-
-    Models that attend both ways see half as many on each side (Gemma 3's `use_bidirectional_attention`).
-    """
+    """Return tokens each query sees in a sliding layer, or None; 0 is how Qwen2-MoE saves "none"."""
     return fields.optional_number("sliding_window", at_least=0) or None
 
 

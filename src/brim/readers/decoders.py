@@ -3,32 +3,79 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from brim.readers.blocks import even_head_dim, named_mlp
 from brim.readers.config_fields import ConfigFields
 from brim.readers.decoder_facts import DecoderFacts
 from brim.readers.decoder_layers import LayerKind, layer_kinds
+from brim.readers.decoder_table import DECODERS
 from brim.readers.experts import read_experts
-from brim.spec.model import Attention, Embedding, LayerGroup, Linear, Mlp
+from brim.readers.heads import (
+    Head,
+    class_suffix,
+    label_head,
+    language_head,
+    read_architecture,
+    span_head,
+)
+from brim.readers.stack import Stack
+from brim.spec.model import Attention, Embedding, LayerGroup, Linear, Mlp, ModelShape
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stack:
-    """One stack of layers and what surrounds it, before a head is chosen."""
+def read_decoder(fields: ConfigFields) -> ModelShape:
+    """Return the shape of a decoder-only model under the head its class has.
 
-    hidden_size: int
-    """Width of the residual stream, elements."""
-    embeddings: tuple[Embedding, ...]
-    """Lookup tables; the first is the token embedding."""
-    groups: tuple[LayerGroup, ...]
-    """Layers."""
-    other_parameters: int = 0
-    """Final and embedding norms, elements."""
-    stem: tuple[Linear, ...] = ()
-    """Matrices before the first layer."""
+    Raises:
+        InvalidConfig: a key is broken.
+        UnsupportedModel: a class or feature is not known.
+    """
+    facts = DECODERS[fields.model_type]
+    fields = replace(fields, defaults=facts.defaults, aliases=facts.aliases)
+    architecture = read_architecture(fields, facts.prefixes[0] + facts.language_head)
+    stack = read_stack(fields, facts)
+    head = _decoder_head(fields, facts, architecture, stack)
+    return ModelShape(
+        name=fields.source,
+        model_type=fields.model_type,
+        architecture=architecture,
+        hidden_size=stack.hidden_size,
+        vocab_size=head.vocab_size,
+        max_position_embeddings=fields.optional_number("max_position_embeddings"),
+        tie_word_embeddings=head.tied,
+        embeddings=stack.embeddings,
+        groups=stack.groups,
+        head=head.linears,
+        stem=stack.stem,
+        final_norm=facts.norm,
+        other_parameters=stack.other_parameters + head.other_parameters,
+        logit_softcap=fields.get("final_logit_softcapping") is not None and head.vocab_size > 0,
+        native_dtype=fields.native_dtype(),
+    )
 
 
-def read_decoder(fields: ConfigFields, facts: DecoderFacts) -> Stack:
+def _decoder_head(fields: ConfigFields, facts: DecoderFacts, architecture: str, stack: Stack) -> Head:
+    """Return the head of a decoder-only class."""
+    suffix = class_suffix(fields, architecture, facts.prefixes)
+    width = stack.embeddings[0].embedding_dim
+    before = ()
+    if width != stack.hidden_size:
+        before = (Linear(name="project_out", in_features=stack.hidden_size, out_features=width),)
+    if suffix == facts.language_head:
+        return language_head(fields, width, bias=facts.language_head_bias, before=before)
+    match suffix:
+        case "Model":
+            return Head(linears=before)
+        case "ForSequenceClassification":
+            return label_head(fields, width, "score", bias=False, before=before)
+        case "ForTokenClassification":
+            return label_head(fields, stack.hidden_size, facts.token_head, bias=True, before=before)
+        case "ForQuestionAnswering":
+            return span_head(width)
+    fields.unsupported(f"class {architecture[:60]}")
+
+
+def read_stack(fields: ConfigFields, facts: DecoderFacts) -> Stack:
     """Return the layers, embeddings and norms of a decoder-only model.
 
     Identical layers become one group whatever lies between them (a sliding/full mix has two groups): the
@@ -40,8 +87,9 @@ def read_decoder(fields: ConfigFields, facts: DecoderFacts) -> Stack:
     """
     if fields.model_type == "falcon":
         facts = _falcon(fields, facts)
-    if fields.get("per_layer_config") is not None:
-        fields.unsupported("per_layer_config")
+    for key in ("per_layer_config", "add_cross_attention"):
+        if fields.get(key):
+            fields.unsupported(key)
     hidden_size = fields.number("hidden_size")
     kinds = Counter(layer_kinds(fields, facts))
     embeddings, stem, other = _surroundings(fields, facts, hidden_size)
@@ -121,10 +169,7 @@ def head_dim(fields: ConfigFields, *, is_key: bool = True) -> int:
         return fields.number("head_dim")
     if is_key and fields.defaults.get("head_dim") is not None:
         fields.refuse("head_dim", "must be a whole number, not null")
-    hidden_size, num_heads = fields.number("hidden_size"), fields.number("num_attention_heads")
-    if hidden_size % num_heads:
-        fields.refuse("num_attention_heads", f"{num_heads} does not divide hidden_size {hidden_size}")
-    return hidden_size // num_heads
+    return even_head_dim(fields, fields.number("hidden_size"), fields.number("num_attention_heads"))
 
 
 def _grouped_attention(fields: ConfigFields, facts: DecoderFacts, kind: LayerKind) -> Attention:
@@ -204,30 +249,13 @@ def read_mlp(fields: ConfigFields, facts: DecoderFacts) -> Mlp:
     """Return the dense feed-forward block."""
     hidden_size = fields.number("hidden_size")
     width = fields.optional_number(facts.width) if facts.width else None
-    return gated_or_plain_mlp(
+    return named_mlp(
         names=facts.mlp,
         hidden_size=hidden_size,
         intermediate_size=width or 4 * hidden_size,
         hidden_act=fields.text(facts.activation),
         bias=fields.flag(facts.mlp_bias),
-    )
-
-
-def gated_or_plain_mlp(
-    *, names: tuple[str, ...], hidden_size: int, intermediate_size: int, hidden_act: str, bias: bool
-) -> Mlp:
-    """Return a feed-forward block from the names of its matrices: a name with `gate` makes it gated."""
-    *inner, out = names
-    gated = "gate" in names[0]
-    width = 2 * intermediate_size if gated and len(inner) == 1 else intermediate_size
-    return Mlp(
-        intermediate_size=intermediate_size,
-        gated=gated,
-        hidden_act=hidden_act,
-        linears=(
-            *(Linear(name=name, in_features=hidden_size, out_features=width, bias=bias) for name in inner),
-            Linear(name=out, in_features=intermediate_size, out_features=hidden_size, bias=bias),
-        ),
+        gated="gate" in facts.mlp[0],
     )
 
 

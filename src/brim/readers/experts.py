@@ -26,9 +26,14 @@ def read_experts(fields: ConfigFields, facts: DecoderFacts) -> Moe:
         intermediate_size=width,
         hidden_act=fields.text(facts.activation),
         router=Linear(
-            name=experts.router, in_features=hidden_size, out_features=num_experts, bias=experts.bias, bare=experts.bare
+            name=experts.router,
+            in_features=hidden_size,
+            out_features=num_experts,
+            bias=experts.bias,
+            bare=experts.bare_router,
         ),
-        expert_linears=fused_expert(hidden_size, width, bias=experts.bias, bare=experts.bare),
+        expert_linears=fused_expert(hidden_size, width, bias=experts.bias, bare=experts.bare_experts),
+        separate_names=experts.separate_names,
         shared=_shared(fields, facts, experts, hidden_size),
         shared_gate=(
             Linear(name="shared_expert_gate", in_features=hidden_size, out_features=1)

@@ -141,7 +141,7 @@ def _explain(error: Exception, name: str, known: Iterable[str]) -> NoReturn:
 def _unreachable(error: Exception, name: str, known: Iterable[str]) -> Unreachable:
     first_line = (str(error).strip().splitlines() or [""])[0]
     reason = quoted(first_line)[1:-1] or type(error).__name__
-    close = get_close_matches(name[:200], list(known), n=3, cutoff=0.6)
+    close = get_close_matches(name[:200], list(known), n=3, cutoff=0.7)
     advice = f"; built-in cards like it: {', '.join(close)}" if close else ""
     text = f"hub not reachable: {reason}; {_OFFLINE_CHOICES}{advice}"
     return Unreachable(text, name=name, close_matches=close)

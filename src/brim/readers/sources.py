@@ -42,13 +42,13 @@ def read_model(name: str, *, refresh: bool = False) -> tuple[ModelShape, str]:
 
 def _local_path(name: str, card: Card | None) -> str | None:
     """Return the config file a path means; None if the text means no path, or a card of the same name."""
-    path = os.path.expanduser(name)
-    if "\0" in path or not os.path.lexists(path):
+    path = os.path.expanduser(name) if name.startswith("~/") else name
+    if not os.path.lexists(path):
         _refuse_missing_file(name)
         return None
     config = os.path.join(path, "config.json")
     if os.path.isdir(path) and (os.path.lexists(config) or card is None):
-        if not os.path.lexists(config):
+        if not os.path.lexists(config) and os.access(path, os.X_OK):
             raise InvalidFile(path=name, problem="is a folder without a config.json")
         return config
     # A stray file called `7b` must not hide the card of that name.
@@ -56,7 +56,7 @@ def _local_path(name: str, card: Card | None) -> str | None:
 
 
 def _refuse_missing_file(name: str) -> None:
-    if name.endswith(".json") or name.startswith(("/", "./", "../", "~")):
+    if name.endswith(".json") or name.startswith(("/", "./", "../", "~/")):
         raise InvalidFile(path=name, problem="there is no such file or folder")
 
 

@@ -32,6 +32,9 @@ class Linear:
     """Output width, elements."""
     bias: bool = False
     """Whether a bias vector of `out_features` elements is trained with it."""
+    bare: bool = False
+    """Whether it is a bare parameter or a convolution in every release of transformers rather than an
+    `nn.Linear`: adapters and bitsandbytes pass over it."""
 
     @property
     def num_weights(self) -> int:
@@ -72,6 +75,8 @@ class Attention:
     """Multi-head latent attention (DeepSeek): keys and values are expanded from a low-rank latent."""
     sinks: bool = False
     """Learned attention sinks (gpt-oss); only kernels that know them apply."""
+    shares_kv: bool = False
+    """Keys and values are those of an earlier layer (Gemma 4): this one has no matrices for them."""
     other_parameters: int = 0
     """Parameters that are no matrix: query/key norms, sinks, relative position tables."""
 
@@ -130,10 +135,16 @@ class Moe:
     """The matrix that scores experts."""
     expert_linears: tuple[Linear, ...]
     """The matrices of one expert."""
+    separate_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    """Names of an expert's matrices where experts are modules of their own (before transformers 5)."""
     shared: Mlp | None = None
     """Experts every token visits, as one dense block."""
+    shared_gate: Linear | None = None
+    """The matrix that weighs the shared experts (Qwen2-MoE)."""
+    router_is_module: bool = False
+    """Whether the router is an `nn.Linear` in transformers 5 too (Gemma 4), not a bare parameter."""
     other_parameters: int = 0
-    """Parameters that are no matrix of an expert: shared-expert gate, score corrections."""
+    """Parameters that are no matrix: score corrections, router scales."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,10 +169,12 @@ class LayerGroup:
     """Attention over the encoder's output, in decoders of encoder-decoder models."""
     parallel: bool = False
     """Attention and feed-forward read the same input (GPT-NeoX, Falcon, Phi-2)."""
-    stack: Literal["decoder", "encoder", "vision"] = "decoder"
+    stack: Literal["decoder", "encoder", "vision", "audio"] = "decoder"
     """Which stack the layers belong to."""
     hidden_size: int
     """Width of the residual stream in this stack, elements."""
+    other_linears: tuple[Linear, ...] = ()
+    """Matrices of a layer outside attention and feed-forward (Gemma 4's per-layer inputs)."""
     other_parameters: int = 0
     """Parameters of a layer counted nowhere else."""
 
@@ -210,7 +223,10 @@ class ModelShape:
     groups: tuple[LayerGroup, ...]
     """Layers in order of the forward pass, run-length encoded by kind."""
     head: tuple[Linear, ...]
-    """Matrices after the last layer; the last gives the logits. Tied heads are listed too."""
+    """Matrices after the last layer; the last gives the logits. Tied heads are listed too. Empty for a model
+    without a head (`LlamaModel`)."""
+    stem: tuple[Linear, ...] = ()
+    """Matrices before the first layer: patch embedding, OPT-350m's `project_in`, vision-to-text projector."""
     final_norm: NormKind
     """Kind of the normalisation before the head."""
     other_parameters: int = 0

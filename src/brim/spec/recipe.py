@@ -63,10 +63,18 @@ class Engine:
     """Whether the loop keeps the model's output until after the backward pass."""
     upcasts_logits: bool = True
     """Whether the loss runs on an fp32 copy of the logits."""
+    frees_narrow_logits: bool = False
+    """Whether the fp32 copy of the logits replaces the 16-bit ones at once (transformers before 4.46)."""
     copies_shifted_logits: bool = False
     """Whether logits are copied to drop the last position (transformers before 4.50) rather than labels padded."""
     repeats_kv: bool = False
     """Whether keys and values are repeated to all heads before the attention kernel."""
+    keeps_loss_chunks: bool = False
+    """Whether a chunked loss keeps every chunk's probabilities for backward (lit-gpt, torchtune) or recomputes them."""
+    reentrant_checkpointing: bool = False
+    """Whether recomputation runs the layer to its end and holds its output (`use_reentrant=True`)."""
+    always_masks: bool = False
+    """Whether a mask is built though every sequence is full (transformers 4.53 to 4.57, no mask given, no cache)."""
     fused_experts: bool = True
     """Whether experts are one 3-D parameter (transformers 5): bitsandbytes leaves it in 16 bit, adapters skip it."""
     evaluates: bool = True

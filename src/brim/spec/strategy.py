@@ -11,7 +11,7 @@ Checkpointing = Literal["none", "selective", "full"]
 AttentionKernel = Literal["eager", "sdpa", "flash"]
 LossKernel = Literal["dense", "chunked", "fused"]
 OptimizerKernel = Literal["loop", "foreach", "fused"]
-LayerKernels = Literal["none", "liger", "unsloth"]
+LayerKernels = Literal["none", "liger", "unsloth", "foak"]
 Allocator = Literal["native", "expandable_segments"]
 Offload = Literal["none", "optimizer", "parameters"]
 
@@ -65,7 +65,7 @@ class Strategy:
     optimizer_kernel: OptimizerKernel = "fused"
     """Optimizer implementation: one tensor at a time, foreach, or fused."""
     layer_kernels: LayerKernels = "none"
-    """Fused norm, rotary and gated-MLP kernels."""
+    """Package of fused layer kernels, key of the kernels table."""
     padding_free: bool = False
     """Whether sequences of a micro-batch are concatenated without padding."""
     activation_offload: bool = False

@@ -81,6 +81,20 @@ class Trainer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """What a package of fused layer kernels replaces; see the head of kernels.toml."""
+
+    name: str
+    norm: bool
+    rotary: bool
+    gate: Literal["always", "adapted", "never"]
+    adapters: Literal["always", "quantised", "never"]
+    loss_in_place: bool
+    source: str
+    retrieved: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
     """A built-in model: its Hugging Face config, trimmed."""
 
@@ -167,6 +181,12 @@ def list_trainers() -> tuple[Trainer, ...]:
 
 
 @cache
+def list_kernels() -> tuple[Kernels, ...]:
+    """Return every package of fused layer kernels, in table order."""
+    return tuple(_record(Kernels, "kernels.toml", row) for row in _toml_rows("kernels.toml", "kernels"))
+
+
+@cache
 def list_devices() -> tuple[Device, ...]:
     """Return every GPU, in table order."""
     return tuple(_device(row) for row in _gpu_rows())
@@ -208,6 +228,11 @@ def find_optimizer(name: str) -> Optimizer:
     return _find("optimizer", name, ((row.name, row.aliases, row) for row in list_optimizers()))
 
 
+def find_kernels(name: str) -> Kernels:
+    """Return the package of fused layer kernels of that name; raises UnknownName."""
+    return _find("layer kernels", name, ((row.name, (), row) for row in list_kernels()))
+
+
 def find_trainer(name: str) -> Trainer:
     """Return the trainer preset of that name or alias; raises UnknownName."""
     return _find("trainer", name, ((row.name, row.aliases, row) for row in list_trainers()))
@@ -232,3 +257,140 @@ def find_card(name: str) -> Card | None:
     card_id = next((size.card for size in list_sizes() if _fold(size.name) == wanted), None)
     wanted = _fold(card_id) if card_id else wanted
     return next((card for card in list_cards() if wanted in {_fold(text) for text in (card.id, *card.aliases)}), None)
+
+
+def match_device(name: str, capability: tuple[int, int] | None, memory_bytes: int) -> Device | None:
+    """Return the row for a card as its driver names it, None if no row is certainly that card.
+
+    The name decides if a row has it; rows of one name are told apart by memory. Otherwise the compute
+    capability and the memory decide, if only one row has both.
+
+    Args:
+        name: the driver's name, for example `NVIDIA GeForce RTX 4090`.
+        capability: CUDA compute capability, None if unknown.
+        memory_bytes: memory the driver reports, bytes.
+    """
+    near = [row for row in _gpu_rows() if _has_memory(row, memory_bytes)]
+    for fold in (_fold, _brief):
+        named = [row for row in near if fold(name) in {fold(text) for text in (row["name"], *row.get("aliases", ()))}]
+        if named:
+            return _device(named[0])
+    alike = [row for row in near if capability is not None and _device(row).compute_capability == capability]
+    return _device(alike[0]) if len(alike) == 1 else None
+
+
+def _has_memory(row: Row, memory_bytes: int) -> bool:
+    # Drivers keep up to 3 % back, and error correction takes 6 % on cards without spare memory for it.
+    return abs(memory_bytes / GIB - row["memory_gib"]) <= 0.08 * row["memory_gib"]
+
+
+def _brief(name: str) -> str:
+    makers = ("nvidia", "geforce", "tesla", "quadro", "amd", "instinct", "radeon")
+    words = [word for word in _fold(name).replace("-", " ").split() if word not in makers]
+    return "".join(words)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dialect:
+    """Words of an export target over a range of versions; see the head of targets.toml."""
+
+    target: str
+    name: str
+    package: str
+    since: str
+    requires: tuple[str, ...]
+    checkpointing: str
+    checkpointing_options: str
+    checkpointing_kinds: tuple[str, ...]
+    dtype: str
+    warmup_fraction: str
+    loss_kernels: Mapping[str, str]
+    layer_kernels: tuple[str, ...]
+    padding_free: bool
+    packing: bool
+    activation_offload: str
+    zero_stages: tuple[int, ...]
+    offloads: tuple[str, ...]
+    compile: bool
+    source: str
+    retrieved: str
+    until: str | None = None
+    length: str | None = None
+    activation_offload_min_tokens: int = 0
+
+    @property
+    def versions(self) -> str:
+        """The range of versions, as people write it."""
+        return f"{self.package}>={self.since}" + (f",<{self.until}" if self.until else "")
+
+
+@cache
+def list_dialects() -> tuple[Dialect, ...]:
+    """Return every dialect of every export target, newest first within a target."""
+    return tuple(_record(Dialect, "targets.toml", row) for row in _toml_rows("targets.toml", "dialect"))
+
+
+def find_dialect(target: str, version: str | None = None) -> Dialect:
+    """Return the dialect of an export target, the newest unless a version is named.
+
+    Args:
+        target: name of the target, any case.
+        version: of the package that decides the words, for example `4.57.6` of transformers.
+
+    Raises:
+        UnknownName: no such target, or a version no dialect covers.
+    """
+    names = dict.fromkeys(row.target for row in list_dialects())
+    name = _find("target", target, ((name, (), name) for name in names))
+    rows = [row for row in list_dialects() if row.target == name]
+    if version is None:
+        return rows[0]
+    wanted = _version(version)
+    for row in rows:
+        if wanted and _version(row.since) <= wanted and (row.until is None or wanted < _version(row.until)):
+            return row
+    raise UnknownName(
+        kind=f"{rows[0].package} version", name=version, known=(), hint="known: " + "; ".join(row.versions for row in rows)
+    )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """Return the leading numbers of a version, empty if it starts with none."""
+    numbers: list[int] = []
+    for part in text.strip()[:40].split("."):
+        if not (part.isascii() and part.isdigit()):
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+def find_learning_rate(method: str) -> float:
+    """Return the learning rate an exported script starts from, by method; raises UnknownName."""
+    rows = _toml_rows("targets.toml", "learning_rate")
+    return _find("method", method, ((row["method"], (), row["value"]) for row in rows))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuleRow:
+    """A row of the rule's matrix: for a card and a size, ranges of micro-batch and accumulation."""
+
+    card_gb: float
+    billions: float
+    bits: int
+    micro_batch: tuple[int, int]
+    accumulation: tuple[int, int]
+    source: str
+    retrieved: str
+    or_more: bool = False
+
+
+@cache
+def list_rule_rows() -> tuple[RuleRow, ...]:
+    """Return the rule of thumb's matrix, in table order."""
+    return tuple(_record(RuleRow, "rule.toml", row) for row in _toml_rows("rule.toml", "matrix"))
+
+
+@cache
+def read_rule_constants() -> Row:
+    """Return the numbers of the rule of thumb by name."""
+    return dict(_toml_rows("rule.toml", "constants"))

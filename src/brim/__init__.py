@@ -1,0 +1,55 @@
+"""Brim fills a GPU to the brim and never over: training configurations that fit, are fastest, and stay exact."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from brim.api import estimate, export, load_plan, plan, save_plan, schema
+    from brim.cost.ledger import Estimate
+    from brim.errors import BrimError, DoesNotFit
+    from brim.exporters.record import Export
+    from brim.planner.record import Plan
+    from brim.readers.sources import read_model
+    from brim.spec.model import ModelShape
+    from brim.spec.strategy import Strategy
+    from brim.spec.workload import Workload
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "plan": "brim.api",
+    "estimate": "brim.api",
+    "export": "brim.api",
+    "save_plan": "brim.api",
+    "load_plan": "brim.api",
+    "schema": "brim.api",
+    "read_model": "brim.readers.sources",
+    "Plan": "brim.planner.record",
+    "Estimate": "brim.cost.ledger",
+    "Export": "brim.exporters.record",
+    "Workload": "brim.spec.workload",
+    "Strategy": "brim.spec.strategy",
+    "ModelShape": "brim.spec.model",
+    "BrimError": "brim.errors",
+    "DoesNotFit": "brim.errors",
+}
+"""Where each public name lives; a name is imported when it is first used, so `import brim` stays tiny."""
+
+__all__ = [
+    "BrimError", "DoesNotFit", "Estimate", "Export", "ModelShape", "Plan", "Strategy", "Workload", "__version__",
+    "estimate", "export", "load_plan", "plan", "read_model", "save_plan", "schema",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'brim' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

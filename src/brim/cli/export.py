@@ -1,0 +1,35 @@
+"""`brim export`: a saved plan in the words of a framework."""
+
+from __future__ import annotations
+
+import typer
+
+from brim.cli.options import AS_JSON
+from brim.cli.output import print_json, print_report
+from brim.cli.results import EXPORT_DIR, write_export_files
+
+_PLAN = typer.Argument(..., metavar="PLAN", show_default=False, help="A file that `brim plan --out` wrote.")
+_TARGET = typer.Argument(
+    ..., metavar="TARGET", show_default=False, help="trl, transformers, unsloth, accelerate or deepspeed."
+)
+
+
+def run_export(plan: str = _PLAN, target: str = _TARGET, export_dir: str = EXPORT_DIR, as_json: bool = AS_JSON) -> None:
+    """Write a saved plan's configuration for a framework.
+
+    The script runs as it is; the line that starts it is printed last.
+
+    \b
+    Example:
+      brim export plan.json trl --export-dir run
+    """
+    from brim import api
+
+    exported = api.export(api.load_plan(plan), target)
+    next_commands = write_export_files(exported, export_dir)
+    if as_json:
+        print_json({"target": exported.target, "settings": exported.settings, "launch": exported.launch})
+        return
+    from brim.report.exports import format_export
+
+    print_report(format_export(exported, next_commands=next_commands))

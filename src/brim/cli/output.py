@@ -1,0 +1,54 @@
+"""Where results go: text for people or JSON for programs to stdout, remarks to stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from brim.errors import InvalidFile
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+PIPE_WIDTH = 100
+_WIDEST = 120
+
+
+def print_report(report: RenderableType) -> None:
+    """Print a report as wide as the terminal, at most 120 columns; 100 into a pipe."""
+    import os
+
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    if console.is_terminal or "COLUMNS" in os.environ:
+        console.width = min(console.width, _WIDEST)
+    else:
+        console.width = PIPE_WIDTH
+    with console.capture() as captured:
+        console.print(report)
+    # Tables fill their cells with blanks, which only get in the way of whoever copies or greps.
+    _write("\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n")
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """Print a JSON document; a fact that JSON has no type for becomes text."""
+    import json
+
+    _write(json.dumps(document, indent=2, default=str) + "\n")
+
+
+def print_remark(text: str) -> None:
+    """Print a line about what was done to stderr."""
+    print(text, file=sys.stderr)
+
+
+def _write(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise InvalidFile(path="standard output", problem=error.strerror or str(error)) from None

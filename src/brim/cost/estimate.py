@@ -1,0 +1,287 @@
+"""The formula: every moment of a training step, tensor by tensor, from the numbers of the architecture.
+
+A step is followed through its moments: forward pass, loss, loss backward, backward of each group of layers,
+optimizer step, evaluation, saving. Each is affine in the tokens of the micro-batch, so a workload is profiled
+once per combination of kernels and every micro-batch size is then two multiplications.
+
+Leaves out: fragmentation (in `reserved`), what user callbacks allocate, dropout of pre-2020 architectures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from brim.cost.blocks import Block, cost_head, cost_layer
+from brim.cost.ledger import Estimate, Ledger, Moment
+from brim.cost.layers import mask_bytes
+from brim.cost.overhead import context_bytes, workspace_bytes
+from brim.cost.setting import Setting, read_setting
+from brim.cost.states import States, count_states, layer_gradient_bytes, step_temporaries_bytes
+from brim.cost.tape import ZERO, Instant, Size, fixed, per_token
+from brim.spec.model import LayerGroup
+from brim.spec.strategy import Strategy
+from brim.spec.workload import Workload
+
+_INPUT_BYTES_PER_TOKEN = 3 * 8  # token ids, labels and mask, int64
+_BATCHES_AHEAD = 2  # accelerate's loader has moved the next micro-batch when this one runs
+
+
+class Rows(NamedTuple):
+    """One candidate for the highest point of a moment, as affine ledger rows."""
+
+    name: str
+    gradients: Size
+    optimizer_states: Size
+    activations: Size
+    temporaries: Size
+
+    @property
+    def total(self) -> Size:
+        return self.gradients + self.optimizer_states + self.activations + self.temporaries
+
+
+class Profile(NamedTuple):
+    """A workload under one combination of kernels: everything but the micro-batch size."""
+
+    parameters_bytes: int
+    overhead_bytes: int
+    paged_bytes: int
+    inputs: Size
+    rows: tuple[Rows, ...]
+    totals: tuple[tuple[int, int], ...]
+    """(fixed, per token) bytes of each candidate, parameters and overhead included, dominated ones dropped."""
+
+
+class _Parts(NamedTuple):
+    workload: Workload
+    strategy: Strategy
+    setting: Setting
+    states: States
+    layers: tuple[tuple[LayerGroup, Block], ...]
+    head: Block
+
+    @property
+    def resident_gradients(self) -> int:
+        """Gradients that are there when a micro-batch starts."""
+        accumulates = self.strategy.gradient_accumulation_steps > 1
+        keeps = accumulates or not self.workload.recipe.engine.set_to_none
+        return self.states.gradients_bytes if keeps else 0
+
+
+def peak_bytes(workload: Workload, strategy: Strategy) -> int:
+    """Return the peak allocated bytes of a strategy: the max over all moments, for search.
+
+    Equals `estimate(workload, strategy).peak_allocated_bytes` (property test).
+    """
+    profile = profile_strategy(workload, strategy)
+    tokens = strategy.micro_batch_size * _sequence_tokens(workload)
+    return max(first + slope * tokens for first, slope in profile.totals)
+
+
+_PROFILES: dict[tuple[int, Strategy | tuple], tuple[Workload, Profile]] = {}
+_MOST_PROFILES = 512
+
+
+def profile_strategy(workload: Workload, strategy: Strategy) -> Profile:
+    """Return the affine rows of every moment; cached by workload identity and all knobs but the batch split."""
+    key = (
+        id(workload), strategy.gradient_accumulation_steps > 1, strategy.micro_batch_size > 1,
+        strategy.activation_checkpointing, strategy.attention_kernel, strategy.loss_kernel, strategy.optimizer_kernel,
+        strategy.layer_kernels, strategy.padding_free, strategy.activation_offload,
+    )  # fmt: skip
+    found = _PROFILES.get(key)
+    if found is not None and found[0] is workload:
+        return found[1]
+    if len(_PROFILES) >= _MOST_PROFILES:
+        _PROFILES.clear()
+    profile = _profile(_read_parts(workload, strategy))
+    _PROFILES[key] = (workload, profile)
+    return profile
+
+
+def _read_parts(workload: Workload, strategy: Strategy) -> _Parts:
+    setting, shape = read_setting(workload, strategy), workload.model
+    reentrant = workload.recipe.engine.reentrant_checkpointing
+    layers = tuple(
+        (group, cost_layer(group, setting, strategy.activation_checkpointing, reentrant)) for group in shape.groups
+    )
+    head = cost_head(shape, setting, workload.recipe.engine, strategy.loss_kernel)
+    return _Parts(workload, strategy, setting, count_states(shape, workload.recipe), layers, head)
+
+
+def _profile(parts: _Parts) -> Profile:
+    workload = parts.workload
+    rows = tuple(_moments(parts))
+    overhead = workspace_bytes(workload.cluster.device)
+    inputs = per_token(_INPUT_BYTES_PER_TOKEN * _BATCHES_AHEAD) + mask_bytes(parts.setting)
+    always = fixed(parts.states.parameters_bytes + overhead) + inputs
+    totals = {tuple(row.total + always) for row in rows}
+    kept = [one for one in totals if not any(_dominates(other, one) for other in totals)]
+    return Profile(parts.states.parameters_bytes, overhead, parts.states.paged_bytes, inputs, rows, tuple(kept))
+
+
+def _dominates(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return one != other and one[0] >= other[0] and one[1] >= other[1]
+
+
+def _moments(parts: _Parts) -> Iterator[Rows]:
+    """Yield the candidates of every moment, in order of the step."""
+    yield from _forward_rows(parts)
+    yield from _head_rows(parts)
+    yield from _backward_rows(parts)
+    yield _step_rows(parts)
+    yield from _evaluation_rows(parts)
+    yield Rows("saving", ZERO, fixed(parts.states.optimizer_bytes), ZERO, ZERO)
+
+
+def _kept_by_layers(parts: _Parts) -> Size:
+    return sum((_kept(parts, block).times(group.count) for group, block in parts.layers), ZERO)
+
+
+def _kept(parts: _Parts, block: Block) -> Size:
+    return ZERO if parts.strategy.activation_offload else block.kept
+
+
+def _autocast_cache(parts: _Parts) -> Size:
+    """16-bit copies of trained fp32 weights, which autocast caches until the forward pass ends.
+
+    Source: aten/src/ATen/autocast_mode.cpp cached_cast. Without checkpointing each layer keeps its own copies anyway.
+    """
+    setting = parts.setting
+    casts = setting.autocast and setting.trains_base and setting.weight_bytes > setting.compute_bytes
+    if not casts or parts.strategy.activation_checkpointing == "none":
+        return ZERO
+    weights = sum(group.count * block.weight_gradients.fixed for group, block in parts.layers)
+    return fixed(weights * setting.compute_bytes // setting.weight_bytes)
+
+
+def _busy(parts: _Parts, name: str, instant: Instant, below: Size, gradients: int, extra: Size = ZERO) -> Rows:
+    """A row while the step runs: what layers below keep, this instant, gradients so far."""
+    resident = parts.resident_gradients
+    made = instant.weight_grads if not resident else ZERO
+    return Rows(
+        name, fixed(resident or gradients) + made, fixed(parts.states.optimizer_bytes),
+        below + instant.kept, instant.passing + extra,
+    )  # fmt: skip
+
+
+def _forward_rows(parts: _Parts) -> Iterator[Rows]:
+    below, cache = ZERO, _autocast_cache(parts)
+    for index, (group, block) in enumerate(parts.layers):
+        last = below + _kept(parts, block).times(group.count - 1)
+        for instant in block.forward:
+            yield _busy(parts, _group_name("forward", parts, index), instant, last, 0, cache)
+        below = below + _kept(parts, block).times(group.count)
+
+
+def _head_rows(parts: _Parts) -> Iterator[Rows]:
+    below, cache = _kept_by_layers(parts), _autocast_cache(parts)
+    held = _held_logits(parts)
+    for instant in parts.head.forward:
+        yield _busy(parts, "loss", instant, below, 0, cache)
+    for instant in parts.head.backward:
+        yield _busy(parts, "loss backward", instant, below, 0, held)
+
+
+def _held_logits(parts: _Parts) -> Size:
+    """Logits that the loop's own variable keeps alive through the backward pass."""
+    alive = parts.workload.recipe.engine.logits_alive_in_backward and parts.strategy.loss_kernel == "dense"
+    head = parts.workload.model.head
+    return per_token(parts.setting.compute_bytes * head[-1].out_features) if alive and head else ZERO
+
+
+def _backward_rows(parts: _Parts) -> Iterator[Rows]:
+    """Backward of each group, at its last layer (most activations) and its first (most gradients)."""
+    recipe, held = parts.workload.recipe, _held_logits(parts)
+    made = parts.head.weight_gradients.fixed if recipe.method == "full" else 0
+    below = _kept_by_layers(parts)
+    for index in range(len(parts.layers) - 1, -1, -1):
+        group, block = parts.layers[index]
+        name, per_layer = _group_name("backward", parts, index), layer_gradient_bytes(group, recipe)
+        below = below - _kept(parts, block)
+        for instant in block.backward:
+            yield _busy(parts, name, instant, below, made, held)
+        rest = group.count - 1
+        below, made = below - _kept(parts, block).times(rest), made + per_layer * rest
+        if rest:
+            for instant in block.backward:
+                yield _busy(parts, name, instant, below, made, held)
+        made += per_layer
+
+
+def _group_name(what: str, parts: _Parts, index: int) -> str:
+    if len(parts.layers) == 1:
+        return f"{what} of layers"
+    return f"{what} of layer group {index + 1} of {len(parts.layers)}"
+
+
+def _step_rows(parts: _Parts) -> Rows:
+    states, workload = parts.states, parts.workload
+    temporaries = step_temporaries_bytes(workload.model, workload.recipe, parts.strategy.optimizer_kernel)
+    return Rows(
+        "optimizer step", fixed(states.gradients_bytes), fixed(states.optimizer_bytes), ZERO, fixed(temporaries)
+    )
+
+
+def _evaluation_rows(parts: _Parts) -> Iterator[Rows]:
+    """Evaluation with the training micro-batch: nothing kept, optimizer states resident, logits made all the same."""
+    if not parts.workload.recipe.engine.evaluates:
+        return
+    for block in (*(block for _, block in parts.layers), parts.head):
+        for instant in block.evaluation:
+            passing = instant.kept + instant.passing
+            yield Rows("evaluation", ZERO, fixed(parts.states.optimizer_bytes), ZERO, passing)
+
+
+def _sequence_tokens(workload: Workload) -> int:
+    return workload.model.sequence_tokens or workload.data.seq_len
+
+
+def estimate(workload: Workload, strategy: Strategy) -> Estimate:
+    """Return the formula's answer: every moment with its ledger, allocated, reserved and device bytes.
+
+    Raises:
+        UnsupportedModel: the recipe has a part the formula does not know.
+    """
+    from brim.cost.reserved import estimate_reserved
+    from brim.cost.steptime import step_time
+
+    profile = profile_strategy(workload, strategy)
+    tokens = strategy.micro_batch_size * _sequence_tokens(workload)
+    moments = tuple(_ledgers(profile, tokens))
+    peak = max(moments, key=lambda moment: moment.total_bytes)
+    reserved = max(peak.total_bytes, estimate_reserved(workload, strategy, profile))
+    context = context_bytes(workload.cluster.device)
+    return Estimate(
+        source="formula", moments=moments, peak_allocated_bytes=peak.total_bytes, peak_reserved_bytes=reserved,
+        device_bytes=reserved + context + profile.paged_bytes, peak_moment=peak.name,
+        step_time=step_time(workload, strategy), notes=_notes(workload, strategy),
+    )  # fmt: skip
+
+
+def _ledgers(profile: Profile, tokens: int) -> Iterable[Moment]:
+    """Yield one moment per name: its highest candidate at this many tokens."""
+    best: dict[str, Rows] = {}
+    for row in profile.rows:
+        if row.name not in best or row.total.at(tokens) > best[row.name].total.at(tokens):
+            best[row.name] = row
+    for name, row in best.items():
+        yield Moment(
+            name=name,
+            ledger=Ledger(
+                parameters=profile.parameters_bytes, gradients=row.gradients.at(tokens),
+                optimizer_states=row.optimizer_states.at(tokens), activations=row.activations.at(tokens),
+                temporaries=row.temporaries.at(tokens), inputs=profile.inputs.at(tokens),
+                overhead=profile.overhead_bytes,
+            ),
+        )  # fmt: skip
+
+
+def _notes(workload: Workload, strategy: Strategy) -> tuple[str, ...]:
+    notes = [f"sized for micro-batches whose every sequence has {_sequence_tokens(workload):,} tokens"]
+    if any(hasattr(group.mlp, "router") for group in workload.model.groups):
+        notes.append("tokens are assumed to be spread evenly over experts")
+    if workload.recipe.engine.evaluates:
+        notes.append("evaluation runs with the training micro-batch")
+    return tuple(notes)

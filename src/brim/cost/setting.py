@@ -1,0 +1,147 @@
+"""What decides the tensors of a layer besides its shape: precision, adapters, kernels, length."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from brim.errors import UnsupportedModel
+from brim.spec.model import Linear, NormKind
+from brim.spec.recipe import Lora, Quantization, Recipe
+from brim.spec.strategy import AttentionKernel, Strategy
+from brim.spec.workload import Workload
+from brim.tables.read import find_kernels
+
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """Precision, adapters and kernels, as element sizes and flags."""
+
+    compute_bytes: int
+    """Bytes of an element in matrix products."""
+    residual_bytes: int
+    """Bytes of an element of the residual stream: fp32 when embeddings are."""
+    weight_bytes: int
+    """Bytes of an unquantised weight."""
+    autocast: bool
+    """Whether products cast their operands."""
+    trains_base: bool
+    """Whether the model's own weights train."""
+    quantization: Quantization | None
+    """Storage of the frozen matrices of the layers."""
+    adapter_rank: int
+    """LoRA rank, 0 without adapters."""
+    adapter_bytes: int
+    """Bytes of an adapter weight."""
+    adapter_targets: frozenset[str]
+    """Matrices with an adapter; `all-linear` means all of them."""
+    adapter_dropout: bool
+    """Whether a mask and a dropped-out copy are kept per adapter."""
+    attention: AttentionKernel
+    """Attention implementation."""
+    fused_norm: bool
+    """Whether normalisations are one kernel."""
+    fused_rotary: bool
+    """Whether rotation happens in place."""
+    fused_gate: bool
+    """Whether a gated MLP keeps only its two projections."""
+    fused_adapters: bool
+    """Whether an adapter is one kernel with its matrix and keeps only the input."""
+    loss_in_place: bool
+    """Whether cross-entropy writes its gradient over the logits."""
+    seq_len: int
+    """Tokens in a sequence."""
+    masked: bool
+    """Whether a padding mask reaches the attention kernel."""
+    repeats_kv: bool
+    """Whether keys and values are repeated to all heads."""
+    fused_experts: bool
+    """Whether experts are one 3-D parameter that is neither quantised nor adapted."""
+
+    def adapts(self, linear: Linear) -> bool:
+        """Whether this matrix has an adapter."""
+        return self.adapter_rank > 0 and bool(self.adapter_targets & {linear.name, "all-linear"})
+
+
+def read_setting(workload: Workload, strategy: Strategy) -> Setting:
+    """Return the element sizes and flags a workload and strategy imply.
+
+    Raises:
+        UnsupportedModel: the recipe has a part the formula does not know (DoRA).
+    """
+    recipe, lora = workload.recipe, workload.recipe.lora
+    kernels, quantised = find_kernels(strategy.layer_kernels), recipe.quantization is not None
+    if lora is not None and lora.use_dora:
+        raise UnsupportedModel(model=workload.model.name, what="the DoRA adapters")
+    return Setting(
+        compute_bytes=compute_bytes(recipe), residual_bytes=residual_bytes(recipe),
+        weight_bytes=DTYPE_BYTES[recipe.weight_dtype], autocast=recipe.autocast,
+        trains_base=recipe.method == "full", quantization=recipe.quantization,
+        adapter_rank=lora.r if lora else 0, adapter_bytes=DTYPE_BYTES[lora.dtype] if lora else 0,
+        adapter_targets=frozenset(lora.target_modules) if lora else frozenset(),
+        adapter_dropout=bool(lora and lora.dropout), attention=strategy.attention_kernel,
+        fused_norm=kernels.norm, fused_rotary=kernels.rotary,
+        fused_gate=kernels.gate == "always" or (kernels.gate == "adapted" and _adapts_mlp(lora)),
+        fused_adapters=kernels.adapters == "always" or (kernels.adapters == "quantised" and quantised),
+        loss_in_place=kernels.loss_in_place, seq_len=workload.model.sequence_tokens or workload.data.seq_len,
+        masked=is_masked(workload, strategy), repeats_kv=recipe.engine.repeats_kv,
+        fused_experts=recipe.engine.fused_experts,
+    )  # fmt: skip
+
+
+def _adapts_mlp(lora: Lora | None) -> bool:
+    names = {"all-linear", "gate_proj", "up_proj", "gate_up_proj"}
+    return lora is not None and bool(names & set(lora.target_modules))
+
+
+def compute_bytes(recipe: Recipe) -> int:
+    """Return bytes of an element in matrix products: autocast's dtype, else that of the weights."""
+    return DTYPE_BYTES[recipe.compute_dtype if recipe.autocast else recipe.weight_dtype]
+
+
+def residual_bytes(recipe: Recipe) -> int:
+    """Return bytes of an element of the residual stream: the embedding's dtype decides it.
+
+    Source: peft/utils/other.py prepare_model_for_kbit_training casts embeddings and norms to fp32;
+    a sum of an fp32 residual and a 16-bit branch is fp32.
+    """
+    upcast = recipe.quantization is not None and recipe.quantization.upcast_rest
+    return 4 if upcast else DTYPE_BYTES[recipe.weight_dtype]
+
+
+def is_masked(workload: Workload, strategy: Strategy) -> bool:
+    """Whether sequences of different lengths share a micro-batch, so that a padding mask is built.
+
+    Source: transformers masking_utils.py: no mask is made when every sequence is full.
+    """
+    padded = not workload.data.packing and not strategy.padding_free and strategy.micro_batch_size > 1
+    return padded or workload.recipe.engine.always_masks
+
+
+def quantised_bytes(linear: Linear, quantization: Quantization) -> int:
+    """Return the bytes a quantised matrix takes, scales included.
+
+    Source: bitsandbytes functional.py quantize_4bit: one fp32 absmax per block; nested, one uint8
+    per block and one fp32 per 256 blocks. int8: one fp32 absmax per output row. GPTQ (v1 layout):
+    packed weights, fp16 scale and packed zero per group of inputs, int32 group index per input.
+    """
+    count, block = linear.num_weights, quantization.block_size
+    blocks = math.ceil(count / block)
+    match quantization.kind:
+        case "nf4" | "fp4":
+            scales = blocks + 4 * math.ceil(blocks / 256) if quantization.double_quant else 4 * blocks
+            return math.ceil(count / 2) + scales
+        case "int8":
+            return count + 4 * linear.out_features
+        case "fp8":
+            return count + 4 * math.ceil(count / (128 * 128))
+        case "gptq-int4":
+            groups = math.ceil(linear.in_features / block)
+            return math.ceil(count / 2) + groups * linear.out_features * 5 // 2 + 4 * linear.in_features
+
+
+def norm_is_fused(kind: NormKind, setting: Setting) -> bool:
+    """Whether a normalisation is one kernel: `layernorm` always, `rmsnorm` only with fused layer kernels."""
+    return kind == "layernorm" or setting.fused_norm

@@ -1,0 +1,202 @@
+"""What stays in memory from step to step: weights, gradients, optimizer states; and what the optimizer needs to run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from brim.cost.parameters import count_layer_parameters, count_lora_parameters, count_parameters, target_linears
+from brim.cost.setting import DTYPE_BYTES, quantised_bytes
+from brim.spec.model import LayerGroup, Linear, ModelShape, Moe
+from brim.spec.recipe import Quantization, Recipe
+from brim.spec.strategy import OptimizerKernel
+from brim.tables.read import Optimizer, find_optimizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class States:
+    """Bytes that do not depend on the micro-batch."""
+
+    parameters_bytes: int
+    """Weights in their storage dtype, adapters and scales included."""
+    trained_parameters: int
+    """Elements the optimizer updates."""
+    gradients_bytes: int
+    """Gradients of all trained weights."""
+    optimizer_bytes: int
+    """Moments and master weights inside the framework's allocator."""
+    paged_bytes: int
+    """Optimizer states in managed memory, outside the allocator but on the device while they fit."""
+
+
+def count_states(shape: ModelShape, recipe: Recipe) -> States:
+    """Return weights, gradients and optimizer states of a recipe, bytes.
+
+    Source: each optimizer's row in tables/optimizers.toml; quantised storage in cost/setting.py.
+    """
+    optimizer = find_optimizer(recipe.optimizer)
+    trained, element_bytes = count_trained(shape, recipe), trained_bytes(recipe)
+    gradient_bytes = DTYPE_BYTES[recipe.gradient_dtype] if recipe.gradient_dtype else element_bytes
+    state_bytes = _optimizer_bytes(shape, recipe, optimizer, trained, element_bytes)
+    if recipe.master_weights:
+        state_bytes += 4 * trained
+    adapters = trained * element_bytes if recipe.lora is not None else 0
+    return States(
+        parameters_bytes=base_bytes(shape, recipe) + adapters,
+        trained_parameters=trained,
+        gradients_bytes=trained * gradient_bytes,
+        optimizer_bytes=0 if optimizer.paged else state_bytes,
+        paged_bytes=state_bytes if optimizer.paged else 0,
+    )
+
+
+def count_trained(shape: ModelShape, recipe: Recipe) -> int:
+    """Return the elements the optimizer updates: all of them, or the adapters'."""
+    if recipe.lora is None:
+        return count_parameters(shape)
+    return count_lora_parameters(shape, recipe.lora, recipe.engine.fused_experts)
+
+
+def trained_bytes(recipe: Recipe) -> int:
+    """Return the bytes of one trained weight: the adapter's dtype, or the model's."""
+    return DTYPE_BYTES[recipe.lora.dtype if recipe.lora else recipe.weight_dtype]
+
+
+def base_bytes(shape: ModelShape, recipe: Recipe) -> int:
+    """Return the bytes of the model's own weights in their storage dtype."""
+    element = DTYPE_BYTES[recipe.weight_dtype]
+    if recipe.quantization is None:
+        return count_parameters(shape) * element
+    rest = count_parameters(shape)
+    packed = 0
+    for group in shape.groups:
+        for linear, copies in quantised_linears(group, recipe.engine.fused_experts):
+            rest -= group.count * copies * linear.num_weights
+            packed += group.count * copies * quantised_bytes(linear, recipe.quantization)
+    unquantised_experts = 0
+    if recipe.engine.fused_experts:
+        unquantised_experts = sum(group.count * _expert_weights(group) for group in shape.groups)
+    upcast = 4 if recipe.quantization.upcast_rest else element
+    return packed + (rest - unquantised_experts) * upcast + unquantised_experts * _expert_bytes(recipe.quantization, element)
+
+
+def _expert_bytes(quantization: Quantization, element: int) -> int:
+    """Fused experts stay as loaded; PEFT's upcast reaches them as it does every 16-bit parameter."""
+    return 4 if quantization.upcast_rest else element
+
+
+def _expert_weights(group: LayerGroup) -> int:
+    if not isinstance(group.mlp, Moe):
+        return 0
+    return group.mlp.num_experts * sum(linear.num_weights for linear in group.mlp.expert_linears)
+
+
+def quantised_linears(group: LayerGroup, fused_experts: bool) -> tuple[tuple[Linear, int], ...]:
+    """Return the matrices of a layer that quantised loading replaces, and their copies.
+
+    Source: transformers integrations/bitsandbytes.py replaces every nn.Linear but the output embedding.
+    """
+    return target_linears(group, ("all-linear",), fused_experts)
+
+
+def _optimizer_bytes(shape: ModelShape, recipe: Recipe, optimizer: Optimizer, trained: int, element: int) -> int:
+    if optimizer.factored:
+        return 4 * _factored_elements(shape, recipe)
+    if optimizer.min_quantised:
+        small = _small_elements(shape, recipe, optimizer.min_quantised)
+        per_element = optimizer.state_bytes + optimizer.block_bytes
+        fp32_states = 4 * math.ceil(optimizer.state_bytes)
+        return math.ceil((trained - small) * per_element) + small * fp32_states
+    if optimizer.state_bytes:
+        return math.ceil(trained * optimizer.state_bytes)
+    if optimizer.vector_state_of_parameter is not None:
+        vectors = trained - _matrix_elements(shape, recipe)
+        return element * (trained + vectors * (optimizer.vector_state_of_parameter - 1))
+    return trained * element * optimizer.state_of_parameter
+
+
+def trained_matrices(shape: ModelShape, recipe: Recipe) -> list[tuple[int, int, int]]:
+    """Return (rows, columns, copies) of every trained matrix, embeddings apart."""
+    if recipe.lora is not None:
+        hit = target_linears(shape, recipe.lora.target_modules, recipe.engine.fused_experts)
+        r = recipe.lora.r
+        return [shape_ for linear, n in hit for shape_ in ((r, linear.in_features, n), (linear.out_features, r, n))]
+    matrices = [
+        (linear.out_features, linear.in_features, group.count * copies)
+        for group in shape.groups
+        for linear, copies in target_linears(group, ("all-linear",), False)
+    ]
+    return matrices
+
+
+def _embedding_matrices(shape: ModelShape, recipe: Recipe) -> list[tuple[int, int, int]]:
+    if recipe.lora is not None:
+        return []
+    tables = [(table.num_embeddings, table.embedding_dim, 1) for table in shape.embeddings]
+    head = [] if shape.tie_word_embeddings else [(out.out_features, out.in_features, 1) for out in shape.head[-1:]]
+    return tables + head
+
+
+def _factored_elements(shape: ModelShape, recipe: Recipe) -> int:
+    """Row and column means of every matrix, and a full second moment of every vector."""
+    matrices = trained_matrices(shape, recipe) + _embedding_matrices(shape, recipe)
+    inside = sum(rows * columns * copies for rows, columns, copies in matrices)
+    return sum((rows + columns) * copies for rows, columns, copies in matrices) + max(
+        0, count_trained(shape, recipe) - inside
+    )
+
+
+def _matrix_elements(shape: ModelShape, recipe: Recipe) -> int:
+    return sum(rows * columns * copies for rows, columns, copies in trained_matrices(shape, recipe))
+
+
+def _small_elements(shape: ModelShape, recipe: Recipe, limit: int) -> int:
+    """Elements of tensors below the size at which 8-bit optimizers quantise: norms, biases, small adapters."""
+    matrices = trained_matrices(shape, recipe) + _embedding_matrices(shape, recipe)
+    large = sum(rows * columns * copies for rows, columns, copies in matrices if rows * columns >= limit)
+    vectors = [group for group in shape.groups if group.hidden_size >= limit] if recipe.lora is None else []
+    large += sum(group.count * group.num_norms * group.hidden_size for group in vectors)
+    return max(0, count_trained(shape, recipe) - large)
+
+
+def largest_trained_tensor(shape: ModelShape, recipe: Recipe) -> int:
+    """Return the elements of the largest tensor the optimizer updates (fused experts are one tensor)."""
+    matrices = trained_matrices(shape, recipe) + _embedding_matrices(shape, recipe)
+    largest = max((rows * columns for rows, columns, _ in matrices), default=0)
+    if recipe.lora is None and recipe.engine.fused_experts:
+        largest = max([largest, *(_largest_fused_expert(group) for group in shape.groups)])
+    return largest
+
+
+def _largest_fused_expert(group: LayerGroup) -> int:
+    if not isinstance(group.mlp, Moe):
+        return 0
+    return group.mlp.num_experts * max(linear.num_weights for linear in group.mlp.expert_linears)
+
+
+def step_temporaries_bytes(shape: ModelShape, recipe: Recipe, kernel: OptimizerKernel) -> int:
+    """Return what the optimizer allocates while it steps, bytes.
+
+    Source: tables/optimizers.toml; foreach kernels hold copies of every trained tensor at once, loops of the
+    largest tensor only, fused kernels none.
+    """
+    optimizer = find_optimizer(recipe.optimizer)
+    element = optimizer.temporary_bytes or trained_bytes(recipe)
+    if kernel == "foreach":
+        return optimizer.foreach_temporary_copies * count_trained(shape, recipe) * element
+    if kernel == "loop":
+        return optimizer.loop_temporary_largest * largest_trained_tensor(shape, recipe) * element
+    return 0
+
+
+def layer_gradient_bytes(group: LayerGroup, recipe: Recipe) -> int:
+    """Return the gradients one layer adds during backward, bytes."""
+    if recipe.lora is None:
+        elements = count_layer_parameters(group)
+    else:
+        elements = sum(
+            copies * recipe.lora.r * (linear.in_features + linear.out_features)
+            for linear, copies in target_linears(group, recipe.lora.target_modules, recipe.engine.fused_experts)
+        )
+    gradient_bytes = DTYPE_BYTES[recipe.gradient_dtype] if recipe.gradient_dtype else trained_bytes(recipe)
+    return elements * gradient_bytes

@@ -1,0 +1,113 @@
+"""What was not chosen, and why: a readable selection of neighbours with their price in time or bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from brim.planner.answerer import RECOMPUTED_FORWARD, Answerer
+from brim.planner.record import Rejected
+from brim.planner.search import TIE_FRACTION, Costed, Found
+from brim.spec.strategy import Strategy
+from brim.spec.workload import Workload
+from brim.units import format_size
+
+MOST_ROWS = 12
+_SMALLER_SPLITS = 3
+
+
+def list_alternatives(workload: Workload, found: Found, answerer: Answerer) -> tuple[Rejected, ...]:
+    """Return at most 12 strategies that were not chosen: those that fit by time, then those that do not by bytes.
+
+    Shown are, of the chosen variant, the next smaller micro-batches and the first that is over budget; of every
+    other variant the best that fits and the first that does not.
+    """
+    best = found.best
+    if best is None:
+        return ()
+    fitting = [costed for costed in _select(found, best) if costed.peak_bytes <= found.budget_bytes]
+    over = [costed for costed in _select(found, best) if costed.peak_bytes > found.budget_bytes]
+    fitting.sort(key=lambda costed: (costed.cost, costed.peak_bytes))
+    over.sort(key=lambda costed: costed.peak_bytes)
+    room_for_over = min(len(over), max(MOST_ROWS // 2, MOST_ROWS - len(fitting)))
+    rows = fitting[: MOST_ROWS - room_for_over] + over[:room_for_over]
+    return tuple(_reject(workload, costed, best, found.budget_bytes, answerer) for costed in rows)
+
+
+def _select(found: Found, best: Costed) -> list[Costed]:
+    chosen: list[Costed] = []
+    for variant, members in _by_variant((*found.fitting, *found.over)).items():
+        fits = [costed for costed in members if costed.peak_bytes <= found.budget_bytes and costed is not best]
+        over = [costed for costed in members if costed.peak_bytes > found.budget_bytes]
+        if variant == _variant(best.strategy):
+            fits.sort(key=lambda costed: abs(costed.strategy.micro_batch_size - best.strategy.micro_batch_size))
+            chosen += fits[:_SMALLER_SPLITS]
+        else:
+            chosen += sorted(fits, key=lambda costed: (costed.cost, costed.peak_bytes))[:1]
+        chosen += sorted(over, key=lambda costed: costed.peak_bytes)[:1]
+    return chosen
+
+
+def _by_variant(members: Iterable[Costed]) -> dict[tuple[object, ...], list[Costed]]:
+    groups: dict[tuple[object, ...], list[Costed]] = {}
+    for costed in members:
+        groups.setdefault(_variant(costed.strategy), []).append(costed)
+    return groups
+
+
+def _variant(strategy: Strategy) -> tuple[object, ...]:
+    return (
+        strategy.activation_checkpointing, strategy.attention_kernel, strategy.loss_kernel,
+        strategy.optimizer_kernel, strategy.layer_kernels, strategy.activation_offload,
+    )  # fmt: skip
+
+
+def _reject(workload: Workload, costed: Costed, best: Costed, budget_bytes: int, answerer: Answerer) -> Rejected:
+    over_bytes = costed.peak_bytes - budget_bytes
+    if over_bytes > 0:
+        moment = answerer.estimate(workload, costed.strategy).peak_moment
+        reason = f"over by {format_size(over_bytes)} at {moment}"
+    else:
+        reason = _why_slower(costed, best)
+    timed = costed.seconds is not None and best.seconds is not None
+    return Rejected(
+        strategy=costed.strategy, over_bytes=over_bytes, reason=reason, peak_allocated_bytes=costed.peak_bytes,
+        relative_step_time=costed.seconds / best.seconds if timed else None,
+    )  # fmt: skip
+
+
+def _why_slower(costed: Costed, best: Costed) -> str:
+    ratio = costed.cost / best.cost
+    if abs(ratio - 1) <= TIE_FRACTION or ratio < 1:
+        return _why_not_equal(costed, best)
+    price = f"{ratio:.2f}x slower" if costed.seconds is not None else "slower (speed of this device unknown)"
+    return f"{price}: {'; '.join(_causes(costed.strategy, best.strategy)) or 'its kernels take longer'}"
+
+
+def _why_not_equal(costed: Costed, best: Costed) -> str:
+    causes: list[str] = []
+    if _recomputed(costed.strategy) > _recomputed(best.strategy):
+        causes.append(f"{costed.strategy.activation_checkpointing} checkpointing, which is not needed")
+    if costed.strategy.activation_offload and not best.strategy.activation_offload:
+        causes.append("activations travel to host memory, which is not needed")
+    if not causes and costed.peak_bytes > best.peak_bytes:
+        causes.append(f"{format_size(costed.peak_bytes - best.peak_bytes)} more memory")
+    return f"as fast within {TIE_FRACTION:.0%}: {'; '.join(causes) or 'equal, and no power of two'}"
+
+
+def _causes(other: Strategy, best: Strategy) -> Sequence[str]:
+    causes = []
+    if _recomputed(other) > _recomputed(best):
+        what = "the forward pass" if other.activation_checkpointing == "full" else "part of the forward pass"
+        causes.append(f"{other.activation_checkpointing} checkpointing recomputes {what}")
+    if other.micro_batch_size < best.micro_batch_size:
+        causes.append(
+            f"{other.gradient_accumulation_steps} micro-batches per step instead of "
+            f"{best.gradient_accumulation_steps}, each with its own launches"
+        )
+    if other.activation_offload and not best.activation_offload:
+        causes.append("activations travel to host memory")
+    return causes
+
+
+def _recomputed(strategy: Strategy) -> float:
+    return RECOMPUTED_FORWARD[strategy.activation_checkpointing]

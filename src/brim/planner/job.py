@@ -1,0 +1,98 @@
+"""From checked options to a job: the workload, what stays fixed, and the defaults that were filled in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from brim.errors import InvalidInput
+from brim.planner.batch import BatchRequest, choose_batch
+from brim.planner.candidates import STRATEGY_FIELDS, Fixed
+from brim.planner.options import JobOptions
+from brim.planner.recipe import choose_recipe
+from brim.spec.data import DataProfile
+from brim.spec.device import Cluster
+from brim.spec.model import ModelShape
+from brim.spec.workload import Workload
+from brim.tables.read import find_task, find_trainer
+
+DEFAULT_SEQ_LEN = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What the planner is given."""
+
+    workload: Workload
+    """The job."""
+    fixed: Fixed
+    """Strategy fields the user fixed."""
+    assumptions: tuple[str, ...]
+    """Defaults that were filled in, one sentence each."""
+
+
+def build_job(shape: ModelShape, cluster: Cluster, options: JobOptions) -> Job:
+    """Return the job the options describe, on a model and devices already read.
+
+    Raises:
+        UnknownName: no such trainer, task, optimizer or adapter target.
+        IndivisibleBatch, InvalidInput: numbers that cannot be meant.
+    """
+    said: list[str] = []
+    trainer = find_trainer(options.trainer or "trl")
+    if options.trainer is None:
+        said.append("trainer trl")
+    task = find_task(options.task or "instruction-tuning")
+    if options.task is None:
+        said.append("task instruction-tuning")
+    recipe = choose_recipe(shape, cluster.device, trainer, options)
+    said += recipe.assumptions
+    seq_len = _choose_seq_len(shape, options, said)
+    batch = choose_batch(_request(options), task, seq_len=seq_len, ranks=cluster.num_devices)
+    if not _asks_batch(options):
+        said.append(f"effective batch {batch.sequences} sequences: {batch.reason}")
+    if options.epochs is None:
+        said.append("1 epoch")
+    data = DataProfile(
+        name=options.dataset, num_sequences=options.dataset_size, seq_len=seq_len, packing=bool(options.packing)
+    )
+    workload = Workload(
+        model=shape, data=data, recipe=recipe.recipe, batch=batch, cluster=cluster, task=task.name,
+        num_epochs=float(options.epochs or 1),
+    )  # fmt: skip
+    fixed = _fixed(options)
+    if recipe.optimizer_kernel is not None:
+        fixed["optimizer_kernel"] = recipe.optimizer_kernel
+    return Job(workload=workload, fixed=fixed, assumptions=tuple(said))
+
+
+def _choose_seq_len(shape: ModelShape, options: JobOptions, said: list[str]) -> int:
+    if shape.sequence_tokens is not None:
+        if options.seq_len not in (None, shape.sequence_tokens):
+            raise InvalidInput(
+                f"{shape.name} always reads {shape.sequence_tokens} tokens, not {options.seq_len}; leave seq_len out"
+            )
+        return shape.sequence_tokens
+    if options.seq_len is not None:
+        return options.seq_len
+    seq_len = min(DEFAULT_SEQ_LEN, shape.max_position_embeddings or DEFAULT_SEQ_LEN)
+    why = "" if seq_len == DEFAULT_SEQ_LEN else f", all the positions {shape.name} has"
+    said.append(f"sequences of {seq_len:,} tokens{why}")
+    return seq_len
+
+
+def _request(options: JobOptions) -> BatchRequest:
+    return BatchRequest(
+        sequences=options.effective_batch_size, tokens=options.effective_batch_tokens,
+        micro_batch_size=options.micro_batch_size, gradient_accumulation_steps=options.gradient_accumulation_steps,
+    )  # fmt: skip
+
+
+def _asks_batch(options: JobOptions) -> bool:
+    both = options.micro_batch_size is not None and options.gradient_accumulation_steps is not None
+    return both or options.effective_batch_size is not None
+
+
+def _fixed(options: JobOptions) -> dict[str, Any]:
+    values = {name: getattr(options, name, None) for name in sorted(STRATEGY_FIELDS)}
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,221 @@
+"""What it would take when nothing fits: changes of the job, each evaluated, cheapest first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+from brim.errors import DoesNotFit, InvalidStrategy
+from brim.planner.answerer import Answerer
+from brim.planner.candidates import Fixed
+from brim.planner.recipe import build_lora, build_quantization, build_recipe
+from brim.planner.record import Relaxation
+from brim.planner.search import Found, search
+from brim.spec.workload import Workload
+from brim.tables.read import find_trainer, list_devices
+from brim.units import format_size
+
+_SHORTEST = 128
+_RELEASABLE = (
+    ("activation_checkpointing", "--activation-checkpointing full", "costs one more forward pass, changes no result"),
+    ("micro_batch_size", "leave out --micro-batch-size", "brim chooses it; the effective batch stays"),
+    ("gradient_accumulation_steps", "leave out --gradient-accumulation-steps", "brim chooses; the batch stays"),
+    ("attention_kernel", "leave out --attention-kernel", "the model's default kernel"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Change:
+    """One way out, before it is evaluated."""
+
+    change: str
+    effect: str
+    workload: Workload
+    fixed: Fixed
+
+
+def refuse_unfit(workload: Workload, fixed: Fixed, answerer: Answerer, found: Found) -> NoReturn:
+    """Raise DoesNotFit with the verdict in one line, and every way out that was found.
+
+    Args:
+        workload: the job that does not fit.
+        fixed: Strategy fields the user fixed.
+        answerer: who costs the ways out.
+        found: the search that found nothing.
+
+    Raises:
+        DoesNotFit: always.
+    """
+    smallest = found.smallest
+    moment = answerer.estimate(workload, smallest.strategy).peak_moment
+    gap_bytes = smallest.peak_bytes - found.budget_bytes
+    relaxations = list_relaxations(workload, fixed, answerer)
+    raise DoesNotFit(
+        _verdict(workload, found, moment, gap_bytes), gap_bytes=gap_bytes, at_moment=moment, relaxations=relaxations,
+        peak_allocated_bytes=smallest.peak_bytes, budget_bytes=found.budget_bytes, source=answerer.source,
+    )  # fmt: skip
+
+
+def _verdict(workload: Workload, found: Found, moment: str, gap_bytes: int) -> str:
+    recipe, cluster = workload.recipe, workload.cluster
+    what = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}[recipe.method]
+    strategy = found.smallest.strategy
+    text = (
+        f"{what} of {workload.model.name} at {workload.data.seq_len:,} tokens does not fit {cluster.device.name}: the "
+        f"smallest strategy (micro-batch {strategy.micro_batch_size}, {strategy.activation_checkpointing} "
+        f"checkpointing) needs {format_size(found.smallest.peak_bytes)} at {moment}, "
+        f"{format_size(gap_bytes)} more than the {format_size(found.budget_bytes)} budget"
+    )
+    if cluster.num_devices > 1:
+        text += f"; each of the {cluster.num_devices} devices holds a whole replica (sharding is not planned yet)"
+    return text
+
+
+def list_relaxations(workload: Workload, fixed: Fixed, answerer: Answerer) -> tuple[Relaxation, ...]:
+    """Return changes that make the job fit, cheapest first; if none does, the one that comes closest.
+
+    A smaller effective batch is never among them: accumulation already makes it free of memory.
+    """
+    asked = _Change(change="", effect="", workload=workload, fixed=fixed)
+    methods = list(_lighter_methods(asked))
+    simple = [*_released(asked), *_lighter_optimizer(asked), *methods]
+    evaluated = [_evaluate(change, answerer) for change in simple]
+    enough = bool(evaluated and evaluated[-1] and evaluated[-1].fits)
+    # A method that is not enough alone may be with a second change.
+    bases = [asked] if enough else [asked, *methods[-1:]]
+    further = [*_all_of(_shorter, bases, answerer), *_all_of(_bigger_card, bases, answerer)]
+    evaluated += [_evaluate(change, answerer) for change in further]
+    known = [relaxation for relaxation in evaluated if relaxation is not None]
+    fitting = tuple(relaxation for relaxation in known if relaxation.fits)
+    if fitting or not known:
+        return fitting
+    return (min(known, key=lambda relaxation: relaxation.peak_allocated_bytes),)
+
+
+def _all_of(
+    find: Callable[[_Change, Answerer], Iterator[_Change]], bases: Iterable[_Change], answerer: Answerer
+) -> Iterator[_Change]:
+    for base in bases:
+        yield from find(base, answerer)
+
+
+def _evaluate(change: _Change, answerer: Answerer) -> Relaxation | None:
+    outcome = _smallest(change.workload, change.fixed, answerer)
+    if outcome is None:
+        return None
+    peak_bytes, fits = outcome
+    return Relaxation(change=change.change, effect=change.effect, peak_allocated_bytes=peak_bytes, fits=fits)
+
+
+def _smallest(workload: Workload, fixed: Fixed, answerer: Answerer) -> tuple[int, bool] | None:
+    """Return the peak of the choice (of the smallest strategy, if none fits) and whether it fits."""
+    try:
+        found = search(workload, fixed, answerer, answerer.budget(workload).budget_bytes)
+    except InvalidStrategy:
+        return None
+    shown = found.best or found.smallest
+    return shown.peak_bytes, found.best is not None
+
+
+def _released(asked: _Change) -> Iterator[_Change]:
+    """What the user fixed among the knobs that change no result."""
+    fixed = asked.fixed
+    for name, change, effect in _RELEASABLE:
+        if name in fixed and fixed[name] != "full":
+            released = {other: value for other, value in fixed.items() if other != name}
+            if name == "activation_checkpointing":
+                released[name] = "full"
+            yield _Change(change=change, effect=effect, workload=asked.workload, fixed=released)
+
+
+def _lighter_optimizer(asked: _Change) -> Iterator[_Change]:
+    workload = asked.workload
+    if workload.recipe.method != "full" or workload.recipe.optimizer == "adamw-8bit":
+        return
+    recipe = replace(workload.recipe, optimizer="adamw-8bit")
+    yield _Change(
+        change="--optimizer adamw-8bit", effect="optimizer states in 8 bit; results differ slightly",
+        workload=replace(workload, recipe=recipe), fixed=_without(asked.fixed, "optimizer_kernel"),
+    )  # fmt: skip
+
+
+def _lighter_methods(asked: _Change) -> Iterator[_Change]:
+    workload = asked.workload
+    recipe, trainer = workload.recipe, find_trainer(workload.recipe.engine.name)
+    dtype = recipe.compute_dtype
+    if recipe.method == "full":
+        lora = build_lora(workload.model, trainer, "lora", dtype)
+        lighter = replace(build_recipe("lora", dtype, recipe.optimizer, trainer), lora=lora)
+        yield _Change(
+            change="--method lora", effect=f"trains rank-{lora.r} adapters instead of all weights",
+            workload=replace(workload, recipe=lighter), fixed=asked.fixed,
+        )  # fmt: skip
+    if recipe.method != "qlora":
+        lora = recipe.lora or build_lora(workload.model, trainer, "qlora", dtype)
+        adapter = build_lora(workload.model, trainer, "qlora", dtype, lora.r).dtype
+        lighter = replace(
+            build_recipe("qlora", dtype, recipe.optimizer, trainer), lora=replace(lora, dtype=adapter),
+            quantization=build_quantization(trainer),
+        )  # fmt: skip
+        yield _Change(
+            change="--method qlora", effect="adapters on a 4-bit base; unpacking it makes each micro-batch slower",
+            workload=replace(workload, recipe=lighter), fixed=asked.fixed,
+        )  # fmt: skip
+
+
+def _shorter(base: _Change, answerer: Answerer) -> Iterator[_Change]:
+    """The longest rounded length that fits."""
+    seq_len = base.workload.data.seq_len
+    if base.workload.model.sequence_tokens is not None:
+        return
+    for length in _shorter_lengths(seq_len):
+        shorter = with_seq_len(base.workload, length)
+        outcome = _smallest(shorter, base.fixed, answerer)
+        if outcome is not None and outcome[1]:
+            yield _Change(
+                change=f"{base.change} --seq-len {length}".strip(),
+                effect=f"longer sequences are cut at {length:,} tokens instead of {seq_len:,}",
+                workload=shorter, fixed=base.fixed,
+            )  # fmt: skip
+            return
+
+
+def _shorter_lengths(seq_len: int) -> list[int]:
+    """Return powers of two and one and a half times them below `seq_len`, longest first, down to 128 tokens."""
+    powers = [2**exponent for exponent in range(seq_len.bit_length() + 1)]
+    lengths = {*powers, *(power + power // 2 for power in powers)}
+    return sorted((length for length in lengths if _SHORTEST <= length < seq_len), reverse=True)
+
+
+def with_seq_len(workload: Workload, seq_len: int) -> Workload:
+    """Return the workload at another length, with the same effective batch in sequences."""
+    return replace(
+        workload, data=replace(workload.data, seq_len=seq_len),
+        batch=replace(workload.batch, tokens=workload.batch.sequences * seq_len),
+    )  # fmt: skip
+
+
+def _bigger_card(base: _Change, answerer: Answerer) -> Iterator[_Change]:
+    """The smallest card of the table that fits, of the same vendor."""
+    cluster = base.workload.cluster
+    outcome = _smallest(base.workload, base.fixed, answerer)
+    least_bytes = max(cluster.device.plannable_bytes, outcome[0] if outcome else 0)
+    for device in sorted(list_devices(), key=lambda device: device.capacity_bytes):
+        if device.capacity_bytes <= least_bytes or device.vendor != cluster.device.vendor:
+            continue
+        moved = replace(base.workload, cluster=replace(cluster, device=device))
+        outcome = _smallest(moved, base.fixed, answerer)
+        if outcome is not None and outcome[1]:
+            count = f":{cluster.devices_per_node}" if cluster.devices_per_node > 1 else ""
+            yield _Change(
+                change=f"{base.change} --gpu {device.name}{count}".strip(),
+                effect=f"the smallest {device.vendor.upper()} card of the table that fits, "
+                f"{format_size(device.capacity_bytes)}",
+                workload=moved, fixed=base.fixed,
+            )  # fmt: skip
+            return
+
+
+def _without(fixed: Fixed, *names: str) -> Fixed:
+    return {name: value for name, value in fixed.items() if name not in names}

@@ -1,0 +1,175 @@
+"""What cannot run, as rules: each takes a workload and a strategy and returns None or the reason.
+
+The same text prunes a candidate, refuses a user's fixed knob, and explains the alternatives table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from brim.planner.batch import ranks_text
+from brim.spec.device import Device
+from brim.spec.strategy import Strategy
+from brim.spec.workload import Workload
+from brim.tables.read import Trainer, find_optimizer, find_trainer
+
+Rule = Callable[[Workload, Strategy], str | None]
+
+WITHOUT_SDPA = frozenset({"bloom", "gemma2", "gpt_oss"})
+"""Model types that declare `_supports_sdpa = False` or nothing. Source: transformers 5.23 models/*/modeling_*.py."""
+WITHOUT_FLASH = frozenset({"bloom", "t5", "mt5"})
+"""Model types that declare `_supports_flash_attn = False` or nothing. Source: as above."""
+LARGEST_FLASH_HEAD = 256
+"""Widest head of FlashAttention-2, elements. Source: flash-attn README, head dimensions up to 256."""
+FLASH_CAPABILITY = (8, 0)
+"""Ampere and newer. Source: flash-attn README."""
+BF16_CAPABILITY = (8, 0)
+"""Native bf16 products. Source: CUDA C++ programming guide, table of compute capabilities."""
+INT8_CAPABILITY = (7, 5)
+"""int8 tensor cores, which LLM.int8 needs. Source: bitsandbytes README, hardware table."""
+SELECTIVE_TRAINERS = frozenset({"accelerate", "plain"})
+"""Loops that can hand torch a context function; it is code, so a field of TrainingArguments cannot hold it."""
+
+
+def broken_rule(workload: Workload, strategy: Strategy) -> str | None:
+    """Return the reason of the first rule this strategy breaks, or None."""
+    for rule in RULES:
+        reason = rule(workload, strategy)
+        if reason is not None:
+            return reason
+    return None
+
+
+def whole_batch(workload: Workload, strategy: Strategy) -> str | None:
+    """Micro-batch x accumulation x ranks is exactly the effective batch, and every factor at least 1."""
+    micro, steps, ranks = (
+        strategy.micro_batch_size, strategy.gradient_accumulation_steps, strategy.mesh.data_parallel_size
+    )  # fmt: skip
+    if min(micro, steps) >= 1 and micro * steps * ranks == workload.batch.sequences:
+        return None
+    return (
+        f"micro-batch {micro} x accumulation {steps} x {ranks_text(ranks)} is {micro * steps * ranks} sequences, "
+        f"not the effective batch {workload.batch.sequences}"
+    )
+
+
+def mesh_spans_devices(workload: Workload, strategy: Strategy) -> str | None:
+    """The parallel degrees multiply to the number of devices."""
+    spanned, present = strategy.mesh.num_devices, workload.cluster.num_devices
+    return None if spanned == present else f"the mesh spans {spanned} devices, there are {present}"
+
+
+def only_replicas(workload: Workload, strategy: Strategy) -> str | None:
+    """Every rank holds a whole replica; sharding is not costed yet."""
+    sharded = strategy.mesh.num_devices != strategy.mesh.dp_replicate
+    if strategy.zero_stage and strategy.mesh.data_parallel_size == 1:
+        return f"ZeRO stage {strategy.zero_stage} shards over data-parallel ranks, and there is only 1"
+    if sharded or strategy.zero_stage or strategy.offload != "none":
+        return "sharding and offload of model states are not planned yet; every rank holds a whole replica"
+    return None
+
+
+def bf16_card(workload: Workload, strategy: Strategy) -> str | None:
+    """bf16 products need compute capability 8.0."""
+    device = workload.cluster.device
+    if workload.recipe.compute_dtype != "bf16" or not _older(device, BF16_CAPABILITY):
+        return None
+    return f"bf16 needs compute capability 8.0, {device.name} has {_capability(device)}; use dtype fp16"
+
+
+def int8_card(workload: Workload, strategy: Strategy) -> str | None:
+    """LLM.int8 products need int8 tensor cores."""
+    quantization, device = workload.recipe.quantization, workload.cluster.device
+    if quantization is None or quantization.kind != "int8" or not _older(device, INT8_CAPABILITY):
+        return None
+    return f"int8 weights need compute capability 7.5, {device.name} has {_capability(device)}; use nf4"
+
+
+def flash_attention(workload: Workload, strategy: Strategy) -> str | None:
+    """FlashAttention-2 needs Ampere, 16-bit numbers, heads up to 256 wide, and a model that knows it."""
+    if strategy.attention_kernel != "flash":
+        return None
+    device, model = workload.cluster.device, workload.model
+    head_dim = max((group.attention.head_dim for group in model.groups), default=0)
+    if device.vendor == "nvidia" and _older(device, FLASH_CAPABILITY):
+        return f"flash attention needs compute capability 8.0, {device.name} has {_capability(device)}; use sdpa"
+    if workload.recipe.compute_dtype == "fp32":
+        return "flash attention needs dtype bf16 or fp16, not fp32; use sdpa"
+    if head_dim > LARGEST_FLASH_HEAD:
+        return f"flash attention takes heads up to {LARGEST_FLASH_HEAD} wide, {model.name} has {head_dim}; use sdpa"
+    if model.model_type in WITHOUT_FLASH:
+        return f"transformers has no flash attention for {model.model_type}; use {default_attention(workload)}"
+    return None
+
+
+def sdpa_attention(workload: Workload, strategy: Strategy) -> str | None:
+    """Some models have a term in their scores that torch's SDPA does not know."""
+    if strategy.attention_kernel != "sdpa" or workload.model.model_type not in WITHOUT_SDPA:
+        return None
+    return f"transformers has no SDPA attention for {workload.model.model_type}; use eager"
+
+
+def default_attention(workload: Workload) -> str:
+    """Return the kernel transformers picks by itself: SDPA where the model has it, else eager."""
+    return "eager" if workload.model.model_type in WITHOUT_SDPA else "sdpa"
+
+
+def selective_checkpointing(workload: Workload, strategy: Strategy) -> str | None:
+    """Selective checkpointing is a function handed to torch; only loops written out can do that."""
+    if strategy.activation_checkpointing != "selective" or _trainer(workload).name in SELECTIVE_TRAINERS:
+        return None
+    return f"{_trainer(workload).name} has no setting for selective checkpointing; use full or none"
+
+
+def loss_kernel(workload: Workload, strategy: Strategy) -> str | None:
+    """Each trainer has its own way from logits to loss."""
+    known = _trainer(workload).loss_kernels
+    if strategy.loss_kernel in known:
+        return None
+    return f"{_trainer(workload).name} has no {strategy.loss_kernel} loss; it has {' or '.join(known)}"
+
+
+def layer_kernels(workload: Workload, strategy: Strategy) -> str | None:
+    """Each trainer has its own fused layer kernels."""
+    known = _trainer(workload).layer_kernels
+    if strategy.layer_kernels in known:
+        return None
+    return f"{_trainer(workload).name} has no {strategy.layer_kernels} layer kernels; it has {' or '.join(known)}"
+
+
+def optimizer_kernel(workload: Workload, strategy: Strategy) -> str | None:
+    """Each optimizer has its own implementations."""
+    optimizer = find_optimizer(workload.recipe.optimizer)
+    if strategy.optimizer_kernel in optimizer.kernels:
+        return None
+    return f"{optimizer.name} has no {strategy.optimizer_kernel} kernel; it has {' or '.join(optimizer.kernels)}"
+
+
+def activation_offload(workload: Workload, strategy: Strategy) -> str | None:
+    """Offloaded activations are the inputs of checkpointed layers, and only some trainers move them."""
+    if not strategy.activation_offload:
+        return None
+    if not _trainer(workload).activation_offload:
+        return f"{_trainer(workload).name} does not keep activations in host memory"
+    if strategy.activation_checkpointing != "full":
+        return "activation offload moves the inputs of checkpointed layers; it needs full checkpointing"
+    return None
+
+
+RULES: tuple[Rule, ...] = (
+    whole_batch, mesh_spans_devices, only_replicas, bf16_card, int8_card, flash_attention, sdpa_attention,
+    selective_checkpointing, loss_kernel, layer_kernels, optimizer_kernel, activation_offload,
+)  # fmt: skip
+
+
+def _older(device: Device, needed: tuple[int, int]) -> bool:
+    """Whether the card is known to be older; an unknown card is not held back."""
+    return device.compute_capability is not None and device.compute_capability < needed
+
+
+def _capability(device: Device) -> str:
+    return ".".join(str(part) for part in device.compute_capability or ())
+
+
+def _trainer(workload: Workload) -> Trainer:
+    return find_trainer(workload.recipe.engine.name)

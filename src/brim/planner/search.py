@@ -1,0 +1,109 @@
+"""Exact search: cost every candidate that could fit, keep the fastest; results equal brute force."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from brim.planner.answerer import Answerer
+from brim.planner.batch import is_power_of_two
+from brim.planner.candidates import Fixed, list_splits, list_variants
+from brim.spec.strategy import Strategy
+from brim.spec.workload import Workload
+
+TIE_FRACTION = 0.03
+"""Step times closer than this are equal: the time law is not better than that."""
+_RECOMPUTATION = {"none": 0, "selective": 1, "full": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costed:
+    """A strategy with its peak and its time."""
+
+    strategy: Strategy
+    """The strategy."""
+    peak_bytes: int
+    """Predicted allocated peak, bytes."""
+    seconds: float | None
+    """Predicted step time, seconds; None if the device's speed is unknown."""
+    cost: float
+    """What is minimised: seconds, or the relative cost that stands in for them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The outcome of a search."""
+
+    best: Costed | None
+    """The choice; None when nothing fits."""
+    fitting: tuple[Costed, ...]
+    """Every strategy that fits, in order of enumeration."""
+    over: tuple[Costed, ...]
+    """For each variant the smallest strategies that do not fit."""
+    budget_bytes: int
+    """The bytes they had to fit into."""
+
+    @property
+    def num_costed(self) -> int:
+        """Strategies whose peak was asked for."""
+        return len(self.fitting) + len(self.over)
+
+    @property
+    def smallest(self) -> Costed:
+        """The strategy with the lowest peak."""
+        return min((*self.fitting, *self.over), key=lambda costed: costed.peak_bytes)
+
+
+def search(workload: Workload, fixed: Fixed, answerer: Answerer, budget_bytes: int) -> Found:
+    """Return the fastest strategy that fits, and what was costed on the way.
+
+    A larger micro-batch never needs less memory at the same accumulation regime, so each variant is walked
+    upwards to its first strategy over budget. Accumulation 1 is a regime of its own (gradients need not stay
+    through the forward pass) and is always asked.
+
+    Args:
+        workload: the job.
+        fixed: Strategy fields that stay as they are.
+        answerer: who is asked.
+        budget_bytes: bytes the allocated peak may reach.
+
+    Raises:
+        InvalidStrategy: rules forbid every candidate.
+    """
+    splits = list_splits(workload, fixed)
+    fitting: list[Costed] = []
+    over: list[Costed] = []
+    for variant in list_variants(workload, fixed):
+        full = False
+        for micro, steps in splits:
+            if full and steps > 1:
+                continue
+            strategy = variant.at(micro, steps)
+            peak = answerer.peak(workload, strategy)
+            full = peak > budget_bytes
+            (over if full else fitting).append(_cost(workload, strategy, peak, answerer))
+    return Found(best=choose(fitting), fitting=tuple(fitting), over=tuple(over), budget_bytes=budget_bytes)
+
+
+def _cost(workload: Workload, strategy: Strategy, peak_bytes: int, answerer: Answerer) -> Costed:
+    seconds = answerer.seconds(workload, strategy)
+    cost = answerer.order(workload, strategy) if seconds is None else seconds
+    return Costed(strategy=strategy, peak_bytes=peak_bytes, seconds=seconds, cost=cost)
+
+
+def choose(fitting: Sequence[Costed]) -> Costed | None:
+    """Return the fastest; among those within 3 % of it less recomputation, then the lower peak, then a
+    power-of-two micro-batch, then the larger one. None if there is none.
+    """
+    if not fitting:
+        return None
+    fastest = min(costed.cost for costed in fitting)
+    return min((costed for costed in fitting if costed.cost <= fastest * (1 + TIE_FRACTION)), key=_preference)
+
+
+def _preference(costed: Costed) -> tuple[int, bool, int, bool, int]:
+    strategy = costed.strategy
+    return (
+        _RECOMPUTATION[strategy.activation_checkpointing], strategy.activation_offload, costed.peak_bytes,
+        not is_power_of_two(strategy.micro_batch_size), -strategy.micro_batch_size,
+    )  # fmt: skip

@@ -1,0 +1,174 @@
+"""A plan on the terminal: the verdict first, then why, then everything it rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from brim.cost.ledger import Estimate
+from brim.planner.record import Plan, Rejected
+from brim.report.memory import Bar, format_ledger, make_table
+from brim.report.numbers import format_count, format_gib, format_rounded, format_seconds, format_share
+from brim.report.words import describe_batch, describe_knobs, describe_strategy, describe_workload, list_varied
+from brim.units import format_size
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_NUM_ALTERNATIVES = 8
+
+
+def format_plan(plan: Plan, *, next_commands: Sequence[str] = ()) -> Group:
+    """Return the plan as text for a terminal or a pipe.
+
+    Args:
+        plan: the plan.
+        next_commands: what to type next, one command each; shown last.
+    """
+    moment = f" ({plan.estimate.peak_moment})" if plan.estimate.moments else ""
+    shown = plan.rejected[:_NUM_ALTERNATIVES]
+    parts = [
+        Text(format_verdict(plan), style="bold green" if is_fitting(plan) else "bold red"),
+        Text(""),
+        format_figures(plan),
+        *format_section("Why", format_list(plan.reasons)),
+        *format_section(f"Memory at the peak{moment}", format_ledger(plan.estimate, plan.capacity_bytes)),
+        *format_section(_title_alternatives(plan, len(shown)), format_alternatives(plan, shown) if shown else None),
+        *format_section("Assumed", format_run((*plan.assumptions, *plan.estimate.notes))),
+        *format_section("Warnings", format_list([warning.text for warning in plan.warnings]), style="bold yellow"),
+        *format_section("Schedule", format_list(list_schedule(plan))),
+        *format_section("Next", Text("\n".join(next_commands), overflow="fold") if next_commands else None),
+    ]
+    return Group(*parts)
+
+
+def format_section(title: str, body: RenderableType | None, style: str = "bold") -> list[RenderableType]:
+    """Return a blank line, the title and the indented body; nothing without a body."""
+    return [] if body is None else [Text("\n" + title, style=style), Padding(body, (0, 0, 0, 2))]
+
+
+def format_list(lines: Iterable[str]) -> Table | None:
+    """Return a bullet list whose long lines hang; None if there are none."""
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    for line in lines:
+        grid.add_row("-", Text(line))
+    return grid if grid.row_count else None
+
+
+def format_run(lines: Iterable[str]) -> Text | None:
+    """Return short statements as one run of text; None if there are none."""
+    text = "; ".join(lines)
+    return Text(text) if text else None
+
+
+def is_fitting(plan: Plan) -> bool:
+    """Return whether the plan's peak is within the capacity."""
+    return plan.estimate.device_bytes <= plan.capacity_bytes
+
+
+def format_verdict(plan: Plan) -> str:
+    """Return the first line: whether it fits, and how the batch is made."""
+    return f"{'Fits' if is_fitting(plan) else 'Does not fit'}: {describe_batch(plan)}"
+
+
+def describe_margin(estimate: Estimate) -> str:
+    """Return who answered, and how wrong that answerer has been."""
+    if not estimate.margin_bytes:
+        return f"{estimate.source}; its error has not been measured"
+    return f"{estimate.source}; in 9 of 10 measured runs it was off by less than {format_size(estimate.margin_bytes)}"
+
+
+def format_figures(plan: Plan) -> Table:
+    """Return job, strategy, memory and speed, one block each."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_row("job", Text(describe_workload(plan.workload)))
+    grid.add_row("strategy", Text(describe_knobs(plan.strategy)))
+    grid.add_row("memory", _draw_memory(plan))
+    for line in (_describe_limit(plan), describe_margin(plan.estimate)):
+        grid.add_row("", Text(line, style="dim"))
+    grid.add_row("speed", Text(describe_speed(plan)))
+    if plan.estimate.step_time is not None:
+        grid.add_row("", Text(f"{plan.estimate.source} (unmeasured on this card)", style="dim"))
+    return grid
+
+
+def _draw_memory(plan: Plan) -> Table:
+    estimate, capacity_bytes = plan.estimate, plan.capacity_bytes
+    used_bytes = estimate.device_bytes
+    parts = (estimate.peak_allocated_bytes, used_bytes - estimate.peak_allocated_bytes)
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    words = f"{format_gib(used_bytes)} of {format_size(capacity_bytes)} ({format_share(used_bytes, capacity_bytes)})"
+    grid.add_row(Bar(parts, capacity_bytes, mark=plan.budget_bytes), Text(words, style="bold"))
+    return grid
+
+
+def _describe_limit(plan: Plan) -> str:
+    estimate, device = plan.estimate, plan.workload.cluster.device
+    where = f" ({estimate.peak_moment})" if estimate.moments else ""
+    words = (
+        f"tensors peak at {format_size(estimate.peak_allocated_bytes)}{where}, "
+        f"and may take {format_size(plan.budget_bytes)} (the mark)"
+    )
+    free = f"; only what is free now counts, of {format_size(device.capacity_bytes)}"
+    return words + (free if device.free_bytes is not None else "")
+
+
+def describe_speed(plan: Plan) -> str:
+    """Return seconds per step, tokens per second and the time of an epoch, as far as known."""
+    time = plan.estimate.step_time
+    if time is None:
+        return f"not predicted: {plan.estimate.source} knows no rates of {plan.workload.cluster.device.name}"
+    num_devices = plan.workload.cluster.num_devices
+    tokens = time.tokens_per_second_per_device
+    words = [f"{format_seconds(time.step_seconds)} per step of {format_count(plan.effective_batch_tokens)} tokens"]
+    words.append(f"{format_rounded(tokens)} tokens/s")
+    if num_devices > 1:
+        words[-1] += f" per GPU ({format_rounded(tokens * num_devices)} in all)"
+    if plan.schedule.epoch_seconds is not None:
+        words.append(f"{format_seconds(plan.schedule.epoch_seconds)} per epoch")
+    return ", ".join(words)
+
+
+def _title_alternatives(plan: Plan, num_shown: int) -> str:
+    others = plan.num_candidates - 1
+    return f"Alternatives ({num_shown} of {format_count(others)})" if others > num_shown else "Alternatives"
+
+
+def format_alternatives(plan: Plan, shown: Sequence[Rejected]) -> Table:
+    """Return the chosen strategy and others beside it: what each needs, how fast it is, why it was not chosen."""
+    knobs = list_varied([plan.strategy, *(row.strategy for row in shown)])
+    table = make_table(
+        "strategy", "peak GiB", "step time", "why not", right=("peak GiB", "step time"), whole=("strategy",)
+    )
+    chosen = format_gib(plan.estimate.peak_allocated_bytes)
+    table.add_row(describe_strategy(plan.strategy, knobs), chosen, "1.00x", "chosen", style="bold")
+    for row in shown:
+        table.add_row(describe_strategy(row.strategy, knobs), *_format_rejected(row))
+    return table
+
+
+def _format_rejected(row: Rejected) -> tuple[str, str, str]:
+    time = "-" if row.relative_step_time is None else f"{row.relative_step_time:.2f}x"
+    return format_gib(row.peak_allocated_bytes), time, row.reason
+
+
+def list_schedule(plan: Plan) -> list[str]:
+    """Return the run in optimizer steps, one sentence each, as far as known."""
+    schedule = plan.schedule
+    words = f"{format_count(schedule.sequences_per_step)} sequences, {format_count(schedule.tokens_per_step)} tokens"
+    lines = [f"{words} per optimizer step"]
+    if schedule.steps_per_epoch is not None and schedule.num_sequences is not None:
+        lines.append(
+            f"{format_count(schedule.num_sequences)} sequences = {format_count(schedule.steps_per_epoch)} "
+            "optimizer steps per epoch"
+        )
+    if schedule.total_steps is not None:
+        warmup = f", {format_count(schedule.warmup_steps)} of them warmup" if schedule.warmup_steps is not None else ""
+        epochs = f"{plan.workload.num_epochs:g} epoch{'s' if plan.workload.num_epochs != 1 else ''}"
+        lines.append(f"{format_count(schedule.total_steps)} optimizer steps in {epochs}{warmup}")
+    return [*lines, schedule.note] if schedule.note else lines

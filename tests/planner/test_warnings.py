@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from planner_toys import GIB, make_job, toy_answerer
+
+from brim.planner.plan import plan_workload
+
+ROOMY = toy_answerer(base_bytes=GIB, budget_bytes=2000 * GIB)
+
+
+def warnings(**options: Any) -> dict[str, str]:
+    job = make_job(**options)
+    return {warning.code: warning.text for warning in plan_workload(job.workload, job.fixed, ROOMY).warnings}
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "text"),
+    [
+        ({"effective_batch_size": 4}, "batch_below_range",
+         "effective batch 4 is below 8, the least useful for instruction-tuning: the gradient is mostly noise; "
+         "32-64 is the usual range"),
+        ({"effective_batch_size": 256}, "batch_above_range",
+         "effective batch 256 is above 128, the most useful for instruction-tuning: the same data gives fewer steps "
+         "and learns less; 32-64 is the usual range"),
+        ({"effective_batch_size": 16}, "batch_outside_optimum",
+         "effective batch 16 is outside 32-64, the optimal range for instruction-tuning"),
+        ({"dataset_size": 1600, "epochs": 1.0}, "few_steps",
+         "only 50 optimizer steps: effective batch 32 is large for 1,600 sequences and 1 epoch; a smaller effective "
+         "batch gives more steps"),
+        ({"dataset_size": 10_000}, "partial_window",
+         "the last step of each epoch averages over 16 sequences instead of 32"),
+        ({"seq_len": 8192}, "beyond_positions",
+         "sequences of 8,192 tokens are longer than the 4,096 positions meta-llama/Llama-2-7b-hf was built for"),
+        ({"method": "full"}, "optimizer_state",
+         "2.50 GiB of the 5.29 GiB peak are optimizer states (adamw); they appear after the first optimizer step"),
+        ({"gpu": "t4"}, "loss_scaling",
+         "t4 has no bf16: gradients in fp16 underflow without loss scaling (on with fp16=True in the HF Trainer)"),
+        ({"model": "mistralai/Mixtral-8x7B-v0.1", "method": "qlora"}, "experts_unquantised",
+         "transformers 5 keeps all experts of a layer in one parameter, which bitsandbytes leaves in 16 bit: "
+         "mistralai/Mixtral-8x7B-v0.1 is hardly smaller in nf4"),
+        ({"packing": True, "dataset_size": 5000}, "packed_steps",
+         "packing joins the 5,000 sequences into fewer, longer ones; how many is known only after tokenising, so "
+         "steps per epoch are not counted"),
+    ],
+)  # fmt: skip
+def test_a_warning_has_the_numbers(options: dict[str, Any], code: str, text: str) -> None:
+    found = warnings(**options)
+    if code == "optimizer_state":
+        assert found[code].endswith("are optimizer states (adamw); they appear after the first optimizer step")
+    else:
+        assert found[code] == text
+
+
+def test_pure_bf16_is_named_only_where_it_is() -> None:
+    assert "pure_bf16" in warnings(method="full")
+    assert "pure_bf16" not in warnings(method="full", dtype="fp32")
+    assert "pure_bf16" not in warnings(method="lora")
+
+
+def test_padding_is_named_unless_packed() -> None:
+    assert "padding" in warnings() and "padding" not in warnings(packing=True)
+
+
+def test_a_good_job_warns_of_padding_only() -> None:
+    assert list(warnings(dataset_size=32_000)) == ["padding"]
