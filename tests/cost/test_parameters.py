@@ -7,6 +7,8 @@ import json
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brim.cost.parameters import (
+    adapter_linears,
     count_embedding_parameters,
     count_layer_parameters,
     count_lora_parameters,
@@ -132,7 +135,8 @@ def test_lora_is_linear_in_rank(case: str, r: int) -> None:
 @given(st.sampled_from(sorted(SHAPES)), st.booleans())
 def test_targets_of_groups_sum_to_those_of_the_model(case: str, fused: bool) -> None:
     shape = SHAPES[case]
-    outside = sum(not linear.bare for linear in shape.stem) + len(shape.head[:-1])
+    no_layers = replace(shape, groups=())
+    outside = sum(copies for _, copies in target_linears(no_layers, ["all-linear"], fused))
     inside = sum(
         group.count * copies for group in shape.groups for _, copies in target_linears(group, ["all-linear"], fused)
     )
@@ -170,7 +174,10 @@ def test_separate_experts_weigh_what_fused_ones_do() -> None:
         ("gemma4-text_config-vision_config",
          ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
         ("deepseek_v3-plain",
-         ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
+         ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")),
+        ("qwen2_moe-plain", ("q_proj", "k_proj", "v_proj", "o_proj")),
+        ("gemma4_text-enable_moe_block-num_experts-top_k_experts-moe_intermediate_size",
+         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
     ],
 )  # fmt: skip
 def test_default_targets(case: str, targets: tuple[str, ...]) -> None:
@@ -178,7 +185,7 @@ def test_default_targets(case: str, targets: tuple[str, ...]) -> None:
 
 
 def test_published_adapter_sizes() -> None:
-    """Llama-2-7B, r 16: q and v 8.4 M, all linear layers 40.0 M (PEFT prints these)."""
+    """Llama-2-7B, r 16: q and v 8.4 M, all linear layers 40.0 M."""
     shape = card("meta-llama/Llama-2-7b-hf")
     assert count_lora_parameters(shape, lora("q_proj", "v_proj", r=16), True) == 8_388_608
     assert count_lora_parameters(shape, lora("all-linear", r=16), True) == 39_976_960
@@ -190,7 +197,8 @@ PEFT_CASES = [
     "bart-plain", "opt-word_embed_proj_dim-do_layer_norm_before", "gpt_oss-plain", "vit-plain",
     "gemma3-text_config-vision_config-mm_tokens_per_image", "gemma4-text_config-vision_config-audio_config",
     "gemma4_text-enable_moe_block-num_experts-top_k_experts-moe_intermediate_size", "BertForSequenceClassification",
-    "LlamaForSequenceClassification",
+    "LlamaForSequenceClassification", "qwen3_moe-mlp_only_layers", "deepseek_v2-first_k_dense_replace-n_shared_experts",
+    "glm4_moe-plain", "BertModel", "RobertaForSequenceClassification", "LlamaForTokenClassification",
 ]  # fmt: skip
 
 
@@ -227,14 +235,45 @@ def test_adapter_equals_peft(case: str, kind: str) -> None:
         targets = ("all-linear",)
     adapter = lora(*targets, r=4, use_dora=kind == "dora")
     model = adapted(case, adapter)
+    modules = {id(linear) for linear, _ in target_linears(shape, ["all-linear"], fused_experts=True)}
     ours = Counter[str]()
-    for linear, copies in target_linears(shape, adapter.target_modules, fused_experts=True):
-        ours[linear.name] += copies
-    assert ours == Counter(
-        path.rsplit(".", 1)[-1] for path, module in model.named_modules() if hasattr(module, "lora_A")
-    )
+    for linear, copies in adapter_linears(shape, adapter, fused_experts=True):
+        ours[linear.name] += copies if id(linear) in modules else 0
+    assert +ours == Counter(adapted_modules(model))
     trained = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
     assert count_lora_parameters(shape, adapter, fused_experts=True) == trained
+
+
+def adapted_modules(model: Any) -> Iterator[str]:
+    """Yield the name of every module that has an adapter; adapters on bare parameters are left out."""
+    for path, module in model.named_modules():
+        if hasattr(module, "lora_A") and type(module).__name__ != "ParamWrapper":
+            yield path.rsplit(".", 1)[-1]
+
+
+REROUTED_CASES = [
+    "mixtral-num_local_experts", "qwen3_moe-mlp_only_layers", "deepseek_v3-first_k_dense_replace-n_shared_experts",
+    "deepseek_v2-plain", "glm4_moe-plain",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REROUTED_CASES)
+@pytest.mark.parametrize("kept", [("down",), ("gate", "up"), ("gate", "up", "down"), ("router",)])
+def test_experts_named_as_separate_modules_are_adapted_fused(case: str, kept: tuple[str, ...]) -> None:
+    shape = SHAPES[case]
+    moe = shape.groups[-1].mlp
+    assert isinstance(moe, Moe)
+    names = dict(zip(("gate", "up", "down", "router"), (*moe.separate_names, moe.router.name), strict=True))
+    adapter = lora("o_proj", *(names[part] for part in kept), r=4)
+    trained = sum(p.numel() for name, p in adapted(case, adapter).named_parameters() if "lora_" in name)
+    assert count_lora_parameters(shape, adapter, fused_experts=True) == trained
+
+
+def test_all_linear_on_a_mixture_of_experts_is_large() -> None:
+    """The trap: in the newest PEFT `all-linear` is no longer a small adapter."""
+    shape = card("Qwen/Qwen3-30B-A3B")
+    assert count_lora_parameters(shape, lora(*default_targets(shape), r=16), True) < 15e6
+    assert count_lora_parameters(shape, lora("all-linear", r=16), True) > 900e6
 
 
 def test_adapter_on_an_embedding_equals_peft() -> None:

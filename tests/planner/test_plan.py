@@ -44,7 +44,7 @@ def test_a_plan_keeps_the_batch_and_the_budget(
 
 
 def test_reasons_say_what_limits() -> None:
-    answerer = toy_answerer(base_bytes=10 * GIB, sequence_bytes=3 * GIB, launch_seconds=0.001)
+    answerer = toy_answerer(base_bytes=10 * GIB, sequence_bytes=3 * GIB)
     plan = make_plan(answerer, gpu="rtx-4090", effective_batch_size=32)
     assert plan.strategy.micro_batch_size == 2
     assert plan.reasons == (
@@ -79,7 +79,7 @@ def test_no_seconds_where_the_speed_is_unknown() -> None:
     plan = make_plan(toy_answerer(timed=False))
     assert plan.estimate.step_time is None and plan.schedule.epoch_seconds is None
     assert plan.reasons[-1] == (
-        "24GiB: its speed is unknown: ranked by recomputation and by tokens per micro-batch, no seconds given"
+        "24GiB: no speed is known for this set-up: ranked by recomputation and by tokens per micro-batch"
     )
 
 

@@ -72,8 +72,9 @@ def test_small_config_equals_transformers(case: str) -> None:
 def test_matrices_are_the_modules_of_transformers(case: str) -> None:
     """Every `nn.Linear` (and GPT-2's `Conv1D`) has our name, sizes and bias, as often as it occurs."""
     shape = read_config(CASES[case], name="small")
-    ours: Counter[tuple[str, int, int, bool]] = Counter()
-    for linear, copies in (*target_linears(shape, ["all-linear"], fused_experts=True), *((x, 1) for x in shape.head[-1:])):
+    targets = ["all-linear", *(linear.name for linear in shape.head)]
+    ours = Counter[tuple[str, int, int, bool]]()
+    for linear, copies in target_linears(shape, targets, fused_experts=True):
         ours[linear.name, linear.in_features, linear.out_features, linear.bias] += copies
     assert ours == Counter(linear_modules(build_case(case)))
 

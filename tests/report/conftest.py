@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from brim.cost.ledger import Estimate, Ledger, Moment, StepTime
 from brim.errors import DoesNotFit
@@ -158,3 +161,18 @@ def make_refusal() -> DoesNotFit:
 def plans() -> Any:
     """Return this module: its `make_*` functions build the records."""
     return sys.modules[__name__]
+
+
+@pytest.fixture
+def render() -> Callable[..., str]:
+    """Return a function that renders a report the way a pipe gets it."""
+
+    def as_text(report: Any, width: int = 100, encoding: str = "utf-8") -> str:
+        raw = io.BytesIO()
+        stream = io.TextIOWrapper(raw, encoding=encoding)
+        console = Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+        console.print(report)
+        stream.flush()
+        return "\n".join(line.rstrip() for line in raw.getvalue().decode(encoding).splitlines())
+
+    return as_text

@@ -58,7 +58,7 @@ def _dense(
     if engine.copies_shifted_logits:
         logits = tape.op("logits shift", [logits], per_token(wide * vocabulary), grad_scratch=ZERO)
     if setting.loss_in_place:  # the kernel keeps a log-sum-exp and writes the gradient over the logits
-        tape.op("cross-entropy", [logits], per_token(4), saves=[logits], passes_grad=True)
+        tape.op("cross-entropy", [logits], per_token(4), saves=[logits], grad_in_place=True)
         return
     log_probabilities = tape.op("log-softmax", [logits], per_token(wide * vocabulary), saves_output=True)
     tape.op("nll", [log_probabilities], per_token(4))

@@ -7,6 +7,8 @@ Leaves out: dropout masks of pre-2020 architectures (their configs train at 0.1:
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 from brim.cost.setting import Setting, norm_is_fused
 from brim.cost.tape import ZERO, Size, Tape, Tensor, fixed, per_token
 from brim.spec.model import Attention, LayerGroup, Linear, Mlp, Moe, NormKind
@@ -74,7 +76,7 @@ def _add(tape: Tape, group: LayerGroup, setting: Setting, stream: Tensor, branch
 
 
 def project(
-    tape: Tape, x: Tensor, linear: Linear, setting: Setting, *, copies: int = 1, tokens: int = 1, is_output: bool = False
+    tape: Tape, x: Tensor, linear: Linear, setting: Setting, *, copies: int = 1, tokens: Fraction | int = 1, is_output: bool = False
 ) -> Tensor:
     """Record one matrix product, with its adapter if it has one.
 
@@ -92,7 +94,7 @@ def project(
     working = _working_weight(linear, setting, quantised)
     weight_copy = _cast_weight(tape, linear, setting, quantised, copies)
     output = tape.op(
-        linear.name, [narrow], per_token(c * linear.out_features * tokens),
+        linear.name, [narrow], per_token(round(c * linear.out_features * tokens)),
         saves=[*weight_copy, narrow] if trains else weight_copy,
         scratch=working, grad_scratch=working,
         weight_grad=fixed(linear.num_parameters * copies * setting.weight_bytes) if trains else ZERO,
@@ -103,12 +105,12 @@ def project(
     return output
 
 
-def _cast_input(tape: Tape, x: Tensor, linear: Linear, setting: Setting, tokens: int) -> Tensor:
+def _cast_input(tape: Tape, x: Tensor, linear: Linear, setting: Setting, tokens: Fraction | int) -> Tensor:
     """Under autocast each product makes its own 16-bit copy of an fp32 input (only weights are cached)."""
     c = setting.compute_bytes
-    wide = x.size.per_token > c * linear.in_features * tokens
+    wide = x.size.per_token > round(c * linear.in_features * tokens)
     needs = (setting.autocast or setting.quantization is not None) and wide
-    return tape.op(f"{linear.name} cast", [x], per_token(c * linear.in_features * tokens)) if needs else x
+    return tape.op(f"{linear.name} cast", [x], per_token(round(c * linear.in_features * tokens))) if needs else x
 
 
 def _working_weight(linear: Linear, setting: Setting, quantised: bool) -> Size:
@@ -127,20 +129,20 @@ def _cast_weight(tape: Tape, linear: Linear, setting: Setting, quantised: bool, 
     return [tape.op(f"{linear.name} weight copy", (), size, saves_output=True, needs_grad=True)]
 
 
-def _adapt(tape: Tape, x: Tensor, base: Tensor, linear: Linear, setting: Setting, tokens: int) -> Tensor:
+def _adapt(tape: Tape, x: Tensor, base: Tensor, linear: Linear, setting: Setting, tokens: Fraction | int) -> Tensor:
     """LoRA beside a matrix: down to the rank, up again, scaled, added.
 
     Source: peft tuners/lora/layer.py Linear.forward: the input is cast to the adapter's dtype, the sum is made
     in the wider dtype and cast back. Unsloth's fused form keeps only the input.
     """
-    c, width = setting.compute_bytes, linear.out_features * tokens
+    c, width = setting.compute_bytes, round(linear.out_features * tokens)
     a = c if setting.autocast else setting.adapter_bytes
     out = per_token(c * width)
     if setting.fused_adapters:
         dropped = [tape.op("adapter dropout", [x], x.size)] if setting.adapter_dropout else []
         return tape.op("adapter", [*dropped, base], ZERO, saves=[x, *dropped], passes_grad=True)
     source = _adapter_input(tape, x, linear, setting, tokens)
-    down = tape.op("adapter down", [source], per_token(a * setting.adapter_rank * tokens), saves=[source])
+    down = tape.op("adapter down", [source], per_token(round(a * setting.adapter_rank * tokens)), saves=[source])
     up = tape.op("adapter up", [down], per_token(a * width), saves=[down])
     scaled = tape.op("adapter scale", [up], per_token(a * width))
     if a == c:
@@ -149,9 +151,9 @@ def _adapt(tape: Tape, x: Tensor, base: Tensor, linear: Linear, setting: Setting
     return tape.op("adapter narrow", [wide], out)
 
 
-def _adapter_input(tape: Tape, x: Tensor, linear: Linear, setting: Setting, tokens: int) -> Tensor:
+def _adapter_input(tape: Tape, x: Tensor, linear: Linear, setting: Setting, tokens: Fraction | int) -> Tensor:
     """The input in the adapter's dtype, dropped out; under autocast cast once more to 16 bit, a copy of its own."""
-    count = linear.in_features * tokens
+    count = round(linear.in_features * tokens)
     wanted, present = setting.adapter_bytes * count, x.size.per_token
     source = tape.op("adapter cast", [x], per_token(wanted)) if wanted > present else x
     if setting.adapter_dropout:
@@ -293,10 +295,10 @@ def _inner(
     x: Tensor,
     *,
     copies: int = 1,
-    tokens: int = 1,
+    tokens: Fraction | int = 1,
 ) -> Tensor:
     """Everything up to the last matrix: projections, activation function, gate."""
-    out = per_token(setting.compute_bytes * width * tokens)
+    out = per_token(round(setting.compute_bytes * width * tokens))
     made = [project(tape, x, linear, setting, copies=copies, tokens=tokens) for linear in linears]
     if gated and setting.fused_gate:
         return tape.op("gated activation", made, out, saves=made)
@@ -310,28 +312,54 @@ def _inner(
 
 
 def _experts(tape: Tape, moe: Moe, setting: Setting, x: Tensor) -> Tensor:
-    """Routed experts, assumed balanced: each token is copied to the experts it visits.
-
-    Source: integrations/moe.py grouped_mm_experts_forward: sorted copies of the tokens, one grouped product per
-    matrix, weighting by the router, a second copy back in order, a sum over experts.
-    """
-    visits, width = moe.num_experts_per_tok, moe.intermediate_size
-    hidden = moe.expert_linears[0].in_features
+    """Routed experts, assumed balanced, and the experts every token visits."""
     c = setting.compute_bytes
+    hidden = moe.expert_linears[0].in_features
     scores = tape.op("router", [x], per_token(4 * moe.num_experts), saves=[x] if setting.trains_base else ())
     weights = tape.op("router softmax", [scores], per_token(4 * moe.num_experts), saves_output=True)
-    rows = tape.op("dispatch", [x], per_token(c * hidden * visits))
-    inner = _inner(
-        tape, moe.expert_linears[:-1], width, True, moe.hidden_act, setting, rows, copies=moe.num_experts, tokens=visits
-    )
-    down = project(tape, inner, moe.expert_linears[-1], setting, copies=moe.num_experts, tokens=visits)
-    weighted = tape.op("expert weighting", [down, weights], per_token(c * hidden * visits), saves=[down, weights])
-    ordered = tape.op("combine", [weighted], per_token(c * hidden * visits))
-    total = tape.op("expert sum", [ordered], per_token(c * hidden))
+    route = _grouped_experts if setting.fused_experts else _looped_experts
+    total = route(tape, moe, setting, x, weights)
     if moe.shared is None:
         return total
     shared = _dense(tape, moe.shared, setting, x)
     return tape.op("shared sum", [total, shared], per_token(c * hidden), passes_grad=True)
+
+
+def _grouped_experts(tape: Tape, moe: Moe, setting: Setting, x: Tensor, weights: Tensor) -> Tensor:
+    """All experts in one grouped product per matrix.
+
+    Source: transformers 5 integrations/moe.py grouped_mm_experts_forward: sorted copies of the tokens, weighting by
+    the router, a second copy back in order, a sum over experts.
+    """
+    c, visits, hidden = setting.compute_bytes, moe.num_experts_per_tok, moe.expert_linears[0].in_features
+    rows = tape.op("dispatch", [x], per_token(c * hidden * visits))
+    inner = _inner(
+        tape, moe.expert_linears[:-1], moe.intermediate_size, True, moe.hidden_act, setting, rows,
+        copies=moe.num_experts, tokens=visits,
+    )  # fmt: skip
+    down = project(tape, inner, moe.expert_linears[-1], setting, copies=moe.num_experts, tokens=visits)
+    weighted = tape.op("expert weighting", [down, weights], per_token(c * hidden * visits), saves=[down, weights])
+    ordered = tape.op("combine", [weighted], per_token(c * hidden * visits))
+    return tape.op("expert sum", [ordered], per_token(c * hidden))
+
+
+def _looped_experts(tape: Tape, moe: Moe, setting: Setting, x: Tensor, weights: Tensor) -> Tensor:
+    """One expert after the other, each on its share of the tokens, added into one output.
+
+    Source: transformers 4 models/mixtral/modeling_mixtral.py MixtralSparseMoeBlock.forward.
+    """
+    c, hidden = setting.compute_bytes, moe.expert_linears[0].in_features
+    share = Fraction(moe.num_experts_per_tok, moe.num_experts)
+    total = tape.op("expert sum", (), per_token(c * hidden), needs_grad=True, held=True)
+    for _ in range(moe.num_experts):
+        rows = tape.op("dispatch", [x], per_token(round(c * hidden * share)))
+        inner = _inner(
+            tape, moe.expert_linears[:-1], moe.intermediate_size, True, moe.hidden_act, setting, rows, tokens=share
+        )
+        down = project(tape, inner, moe.expert_linears[-1], setting, tokens=share)
+        weighted = tape.op("expert weighting", [down, weights], down.size, saves=[down, weights])
+        total = tape.op("expert add", [total, weighted], ZERO, passes_grad=True)
+    return tape.op("expert output", [total], per_token(c * hidden), passes_grad=True)
 
 
 def mask_bytes(setting: Setting) -> Size:

@@ -123,11 +123,22 @@ def target_linears(
 
 def _model_modules(shape: ModelShape, names: set[str], fused_experts: bool) -> Iterable[tuple[Linear, int]]:
     """Yield every `nn.Linear` of the model and its copies; the output head only if it is named."""
+    num_outputs = 1 if _has_output_head(shape) else 0
+    inner, outputs = shape.head[: len(shape.head) - num_outputs], shape.head[len(shape.head) - num_outputs :]
     yield from ((linear, 1) for linear in shape.stem if not linear.bare)
     for group in shape.groups:
         yield from ((linear, group.count * copies) for linear, copies in _group_modules(group, fused_experts))
-    yield from ((linear, 1) for linear in shape.head[:-1])
-    yield from ((linear, 1) for linear in shape.head[-1:] if linear.name in names)
+    yield from ((linear, 1) for linear in inner)
+    yield from ((linear, 1) for linear in outputs if linear.name in names)
+
+
+def _has_output_head(shape: ModelShape) -> bool:
+    """Return whether the last matrix is what PEFT spares: logits over tokens, or the labels of a sequence.
+
+    Labels of tokens or images are not spared, nor the pooler of a model without a head.
+    """
+    labels = shape.architecture.endswith("ForSequenceClassification") and shape.head[-1].name in ("score", "classifier")
+    return shape.vocab_size > 0 or labels
 
 
 def _group_modules(group: LayerGroup, fused_experts: bool) -> Iterable[tuple[Linear, int]]:
@@ -152,16 +163,60 @@ def _separate(linear: Linear, moe: Moe) -> tuple[Linear, ...]:
     return tuple(replace(linear, name=name, out_features=half) for name in (gate, up))
 
 
+def adapter_linears(shape: ModelShape, lora: Lora, fused_experts: bool) -> tuple[tuple[Linear, int], ...]:
+    """Return the matrices PEFT adapts and how many adapters of rank r each gets in the whole model.
+
+    As `target_linears`, but for one thing PEFT does to mixtures of experts under transformers 5 (Mixtral, Qwen3-MoE,
+    DeepSeek, GLM-4-MoE): it takes the names of separate experts and of the router out of the targets, also those
+    `all-linear` stands for, and adapts the fused parameters instead, every expert with a rank of its own. Gate and
+    up, fused, get twice the rank (two copies here). Dense and shared blocks of those names are then passed over.
+
+    Source: PEFT 0.21 `utils/transformers_weight_conversion.py`, `_convert_peft_config_moe`; experts in 0.19 already,
+    `all-linear` since 0.20.
+    """
+    if not fused_experts or not any(_is_rerouted(group) for group in shape.groups):
+        return target_linears(shape, lora.target_modules, fused_experts)
+    names = {target.rsplit(".", 1)[-1] for target in lora.target_modules}
+    former = {name for group in shape.groups if _is_rerouted(group) for name in _former_names(group.mlp)}
+    if ALL_LINEAR in names:
+        modules = target_linears(shape, (ALL_LINEAR,), fused_experts)
+        names = names - {ALL_LINEAR} | former | {linear.name for linear, _ in modules}
+    plain = target_linears(shape, names - former, fused_experts)
+    return (*plain, *(hit for group in shape.groups if _is_rerouted(group) for hit in _rerouted(group, names)))
+
+
+def _is_rerouted(group: LayerGroup) -> bool:
+    """Return whether adapters reach the fused experts of this group."""
+    return isinstance(group.mlp, Moe) and group.mlp.adapters_reach_experts
+
+
+def _former_names(moe: Moe) -> tuple[str, ...]:
+    """Return the names by which router and separate experts are targeted."""
+    return (moe.router.name, *moe.separate_names)
+
+
+def _rerouted(group: LayerGroup, names: set[str]) -> Iterable[tuple[Linear, int]]:
+    """Yield the bare parameters of a group that adapters reach, with the adapters of rank r in all its layers."""
+    moe = group.mlp
+    assert isinstance(moe, Moe)
+    gate, up, down = moe.separate_names
+    gate_up, down_linear = moe.expert_linears
+    ranks = ((moe.router, moe.router.name in names), (gate_up, (gate in names) + (up in names)), (down_linear, down in names))
+    for linear, rank in ranks:
+        if rank:
+            yield linear, group.count * rank * (1 if linear is moe.router else moe.num_experts)
+
+
 def count_lora_parameters(shape: ModelShape, lora: Lora, fused_experts: bool) -> int:
     """Return the trained parameters of an adapter, elements: r x (in + out) per matrix, and out more with DoRA.
 
-    Leaves out: `modules_to_save`, adapters on convolutions, `target_parameters` (fused experts).
+    Leaves out: `modules_to_save`, `rank_pattern`, adapters on convolutions.
 
     Source: LoRA (arXiv 2106.09685) section 4.1; DoRA (arXiv 2402.09353) section 4.1.
     """
     return sum(
         copies * _count_adapter(linear.in_features, linear.out_features, lora)
-        for linear, copies in target_linears(shape, lora.target_modules, fused_experts)
+        for linear, copies in adapter_linears(shape, lora, fused_experts)
     ) + sum(
         _count_adapter(table.num_embeddings, table.embedding_dim, lora)
         for table in shape.embeddings
@@ -177,13 +232,15 @@ def _count_adapter(in_features: int, out_features: int, lora: Lora) -> int:
 def default_targets(shape: ModelShape) -> tuple[str, ...]:
     """Return the names of all attention and feed-forward matrices, in call order: what practitioners adapt.
 
-    Leaves out: routed experts, which no adapter reaches by name since transformers 5, and the names of vision and
-    audio towers in models that also read text.
+    Leaves out: in a mixture of experts, every name that separate experts have or had (`gate_proj`), for it would put
+    an adapter on each expert; the names of vision and audio towers in models that also read text.
 
     Source: QLoRA (arXiv 2305.14314) section 4: adapters on all linear layers are what matches full training.
     """
-    names = (linear.name for group in _main_groups(shape) for linear in _block_linears(group) if not linear.bare)
-    return tuple(dict.fromkeys(names))
+    groups = _main_groups(shape)
+    names = (linear.name for group in groups for linear in _block_linears(group) if not linear.bare)
+    experts = {name for group in groups for name in _expert_names(group)}
+    return tuple(name for name in dict.fromkeys(names) if name not in experts)
 
 
 def _block_linears(group: LayerGroup) -> Iterable[Linear]:
@@ -193,3 +250,10 @@ def _block_linears(group: LayerGroup) -> Iterable[Linear]:
     dense = group.mlp.shared if isinstance(group.mlp, Moe) else group.mlp
     if dense is not None:
         yield from dense.linears
+
+
+def _expert_names(group: LayerGroup) -> tuple[str, ...]:
+    """Return the names of separate experts, where there ever were any."""
+    if not isinstance(group.mlp, Moe) or group.mlp.expert_linears[0].bare:
+        return ()
+    return group.mlp.separate_names

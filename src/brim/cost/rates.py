@@ -27,7 +27,7 @@ _BACKWARD_PENALTY = 0.9
 """FlashAttention-2 reaches 63 % backward where it reaches 73 % forward (arXiv 2307.08691 section 1): over both, 0.9."""
 _OLD_INSTRUCTIONS = {9: 2 / 3, 10: 1 / 3}
 """Share of the products' rate open to kernels written for Ampere. Hopper: FlashAttention-3 (arXiv 2407.08608)
-section 2.2 and its announcement, mma.sync reaches two thirds. Blackwell data-centre cards: twice the units, same kernels."""
+section 2.2 and its announcement, mma.sync reaches two thirds. Blackwell data-centre cards: twice the units, not measured."""
 _WITHOUT_FLASH = 0.5
 """Volta and Turing run the memory-efficient kernel, which computes in smaller tiles; about half, not measured."""
 

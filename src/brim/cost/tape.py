@@ -59,7 +59,11 @@ class Tensor:
 
 @dataclass(eq=False, slots=True)
 class Op:
-    """One operation. `passes_grad`: inputs receive the output's gradient itself, not a new tensor."""
+    """One operation.
+
+    `passes_grad`: inputs receive the output's gradient itself, not a new tensor. `grad_in_place`: the gradient is
+    written over what the operation kept.
+    """
 
     name: str
     inputs: tuple[Tensor, ...]
@@ -69,7 +73,7 @@ class Op:
     grad_scratch: Size = ZERO
     weight_grad: Size = ZERO
     passes_grad: bool = False
-    recompute_saves: bool = True
+    grad_in_place: bool = False
 
 
 class Instant(NamedTuple):
@@ -112,6 +116,7 @@ class Tape:
         grad_scratch: Size = ZERO,
         weight_grad: Size = ZERO,
         passes_grad: bool = False,
+        grad_in_place: bool = False,
         needs_grad: bool | None = None,
         held: bool = False,
     ) -> Tensor:
@@ -120,7 +125,9 @@ class Tape:
         grad = needs_grad if needs_grad is not None else any(tensor.needs_grad for tensor in inputs)
         output = Tensor(name, size, needs_grad=grad, held=held)
         kept = tuple(saves) + ((output,) if saves_output else ())
-        self.ops.append(Op(name, inputs, output, kept, scratch, grad_scratch, weight_grad, passes_grad))
+        self.ops.append(
+            Op(name, inputs, output, kept, scratch, grad_scratch, weight_grad, passes_grad, grad_in_place)
+        )
         return output
 
 
@@ -251,6 +258,8 @@ def run_backward(tape: Tape, run: _Run) -> None:
 def _backward_op(op: Op, run: _Run, gradients: _Gradients, uses: dict[int, int]) -> None:
     run.scratch(op.name, op.grad_scratch)
     run.weight_grads = run.weight_grads + op.weight_grad
+    if op.grad_in_place:
+        _release(op, run, uses)
     for tensor in op.inputs:
         if not tensor.needs_grad:
             continue
@@ -260,6 +269,11 @@ def _backward_op(op: Op, run: _Run, gradients: _Gradients, uses: dict[int, int])
             gradients.make(op.name, tensor)
     run.note(op.name)
     gradients.drop(op.output)
+    if not op.grad_in_place:
+        _release(op, run, uses)
+
+
+def _release(op: Op, run: _Run, uses: dict[int, int]) -> None:
     for tensor in op.saves:
         uses[id(tensor)] -= 1
         if not uses[id(tensor)] and id(tensor) in run.live:

@@ -18,7 +18,7 @@ from brim.spec.model import Attention, LayerGroup, Mlp, ModelShape, Moe
 from brim.spec.recipe import Recipe
 from brim.spec.strategy import LayerKernels, LossKernel, Strategy
 
-# Elements moved per element by an activation function written out in Python, forward and backward; others are one kernel.
+# Elements moved per element by activation functions written out in Python, forward and backward; others are one kernel.
 _PYTHON_ACTIVATIONS = {"gelu_new": (18, 36), "gelu_fast": (18, 36), "gelu_python": (12, 24), "quick_gelu": (7, 12)}
 
 

@@ -117,6 +117,9 @@ def _format_keyword(word: str, value: object, said: Mapping[str, str]) -> str:
     if len(line) > LONGEST_LINE and isinstance(value, list):
         items = "".join(f"        {format_literal(item)},\n" for item in value)
         line = f"    {word}=[\n{items}    ],"
+    elif len(line) > LONGEST_LINE and isinstance(value, Mapping):
+        items = "".join(f"        {format_literal(key)}: {format_literal(value[key])},\n" for key in value)
+        line = f"    {word}={{\n{items}    }},"
     return f"{line}  # {remark}" if remark else line
 
 

@@ -37,7 +37,7 @@ def name_training(plan: Plan, dialect: Dialect) -> Words:
     """Return the keywords of TrainingArguments."""
     return {
         **name_batch(plan), **name_schedule(plan, dialect), **name_optimizer(plan, dialect.target),
-        **name_precision(plan), **name_checkpointing(plan, dialect), **name_liger(plan), **name_replicas(plan),
+        **name_precision(plan), **name_checkpointing(plan, dialect), **name_liger(plan, dialect), **name_replicas(plan),
         **name_constants(plan),
     }  # fmt: skip
 

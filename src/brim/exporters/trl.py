@@ -45,7 +45,7 @@ def name_sft(plan: Plan, dialect: Dialect) -> Words:
     return {
         **name_batch(plan), **_name_length(plan, dialect), **name_schedule(plan, dialect),
         **name_optimizer(plan, dialect.target), **name_precision(plan), **name_checkpointing(plan, dialect),
-        **_name_offload(plan, dialect), **_name_loss(plan, dialect), **name_liger(plan), **name_replicas(plan),
+        **_name_offload(plan, dialect), **_name_loss(plan, dialect), **name_liger(plan, dialect), **name_replicas(plan),
         **name_constants(plan),
     }  # fmt: skip
 

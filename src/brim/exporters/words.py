@@ -96,10 +96,10 @@ def name_checkpointing(plan: Plan, dialect: Dialect) -> Words:
     return {**words, dialect.checkpointing_options: options}
 
 
-def name_liger(plan: Plan) -> Words:
+def name_liger(plan: Plan, dialect: Dialect) -> Words:
     """Return Liger's switches: layers, the fused loss, both, or nothing at all."""
     layers, loss = plan.strategy.layer_kernels == "liger", plan.strategy.loss_kernel == "fused"
-    if not layers and not loss:
+    if "liger" not in dialect.layer_kernels or not (layers or loss):
         return {}
     switches = dict.fromkeys(LIGER_LAYERS, layers)
     return {

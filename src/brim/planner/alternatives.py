@@ -79,7 +79,7 @@ def _why_slower(costed: Costed, best: Costed) -> str:
     ratio = costed.cost / best.cost
     if abs(ratio - 1) <= TIE_FRACTION or ratio < 1:
         return _why_not_equal(costed, best)
-    price = f"{ratio:.2f}x slower" if costed.seconds is not None else "slower (speed of this device unknown)"
+    price = f"{ratio:.2f}x slower" if costed.seconds is not None else "slower (by how much is unknown)"
     return f"{price}: {'; '.join(_causes(costed.strategy, best.strategy)) or 'its kernels take longer'}"
 
 

@@ -17,7 +17,7 @@ RECOMPUTED_FORWARD = {"none": 0.0, "selective": 0.5, "full": 1.0}
 """Share of the forward pass that is run again. `selective` keeps attention outputs: about half is spared."""
 KNEE_TOKENS = 256
 """Tokens of a micro-batch at which launches cost as much as products do; see `relative_cost`."""
-ORDER_TEXT = "its speed is unknown: ranked by recomputation and by tokens per micro-batch, no seconds given"
+ORDER_TEXT = "no speed is known for this set-up: ranked by recomputation and by tokens per micro-batch"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,11 +61,7 @@ def answer_by_formula() -> Answerer:
     from brim.cost.calibration import margin_fraction
     from brim.cost.estimate import estimate, peak_bytes
     from brim.cost.overhead import context_bytes
-    from brim.cost.steptime import step_time
-
-    def seconds(workload: Workload, strategy: Strategy) -> float | None:
-        time = step_time(workload, strategy)
-        return None if time is None else time.step_seconds
+    from brim.cost.steptime import seconds
 
     def budget(workload: Workload) -> Budget:
         device = workload.cluster.device

@@ -33,6 +33,8 @@ class ExpertFacts:
     """Whether experts are one 3-D parameter in every release (gpt-oss), not only since transformers 5."""
     bare_router: bool = False
     """Whether the router is a bare parameter in every release, not only since transformers 5."""
+    rerouted: bool = True
+    """Whether PEFT turns adapters named after separate experts into ones on the fused parameters."""
     separate_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     """Names of an expert's matrices before transformers 5."""
 

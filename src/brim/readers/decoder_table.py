@@ -80,7 +80,7 @@ DECODERS: dict[str, DecoderFacts] = {
             "mlp_only_layers": None, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
             "num_experts": 60, "num_experts_per_tok": 4,
         },
-        experts=ExpertFacts(sparse="stepped", shared="gated"),
+        experts=ExpertFacts(sparse="stepped", shared="gated", rerouted=False),
     ),
     "qwen3": DecoderFacts(
         prefixes=("Qwen3",), defaults=_QWEN | {"head_dim": 128}, query_bias="attention_bias",
@@ -236,7 +236,10 @@ DECODERS: dict[str, DecoderFacts] = {
             vocab_size=201088, intermediate_size=2880, num_key_value_heads=8, head_dim=64, attention_bias=True,
             max_position_embeddings=131072, sliding_window=128, num_experts=128, num_experts_per_tok=4,
         ),
-        experts=ExpertFacts(sparse="all", width="intermediate_size", router="router", bias=True, bare_experts=True, bare_router=True),
+        experts=ExpertFacts(
+            sparse="all", width="intermediate_size", router="router", bias=True, bare_experts=True, bare_router=True,
+            rerouted=False,
+        ),
     ),
 }  # fmt: skip
 # Moonshot's Kimi K2 is DeepSeek-V3 with other numbers; its remote code only renames the config class.

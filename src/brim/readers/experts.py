@@ -34,6 +34,7 @@ def read_experts(fields: ConfigFields, facts: DecoderFacts) -> Moe:
         ),
         expert_linears=fused_expert(hidden_size, width, bias=experts.bias, bare=experts.bare_experts),
         separate_names=experts.separate_names,
+        adapters_reach_experts=experts.rerouted,
         shared=_shared(fields, facts, experts, hidden_size),
         shared_gate=(
             Linear(name="shared_expert_gate", in_features=hidden_size, out_features=1)

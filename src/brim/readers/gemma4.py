@@ -251,7 +251,7 @@ def _experts(fields: ConfigFields, hidden_size: int, dense: Mlp) -> Moe:
         hidden_act=fields.text("hidden_activation"),
         router=Linear(name="proj", in_features=hidden_size, out_features=num_experts),
         router_is_module=True,
-        expert_linears=fused_expert(hidden_size, width),
+        expert_linears=fused_expert(hidden_size, width, bare=True),
         shared=dense,
         other_parameters=hidden_size + num_experts,
     )

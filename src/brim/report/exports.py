@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from brim.exporters.record import Export
+from brim.report.commands import Commands
 from brim.report.plan import format_list, format_section
 
 
@@ -22,5 +23,5 @@ def format_export(export: Export, *, next_commands: Sequence[str] = ()) -> Group
         *format_section("Settings", settings),
         *format_section("Files", format_list(file.name for file in export.files)),
         *format_section("Notes", format_list(export.notes)),
-        *format_section("Next", Text("\n".join(next_commands), overflow="fold") if next_commands else None),
+        *format_section("Next", Commands(next_commands) if next_commands else None),
     )

@@ -48,7 +48,7 @@ class Bar:
         return Measurement(self.cells, self.cells)
 
     def _place(self, amount: float) -> int:
-        return max(0, min(self.cells, round(self.cells * amount / self.whole)))
+        return max(0, min(self.cells, round(self.cells * amount / self.whole))) if self.whole > 0 else 0
 
 
 def make_table(*columns: str, right: Sequence[str] = (), whole: Sequence[str] = ()) -> Table:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from brim.cost.ledger import Estimate
 from brim.planner.record import Plan, Rejected
+from brim.report.commands import Commands
 from brim.report.memory import Bar, format_ledger, make_table
 from brim.report.numbers import format_count, format_gib, format_rounded, format_seconds, format_share
 from brim.report.words import describe_batch, describe_knobs, describe_strategy, describe_workload, list_varied
@@ -42,7 +43,7 @@ def format_plan(plan: Plan, *, next_commands: Sequence[str] = ()) -> Group:
         *format_section("Assumed", format_run((*plan.assumptions, *plan.estimate.notes))),
         *format_section("Warnings", format_list([warning.text for warning in plan.warnings]), style="bold yellow"),
         *format_section("Schedule", format_list(list_schedule(plan))),
-        *format_section("Next", Text("\n".join(next_commands), overflow="fold") if next_commands else None),
+        *format_section("Next", Commands(next_commands) if next_commands else None),
     ]
     return Group(*parts)
 
@@ -152,9 +153,9 @@ def format_alternatives(plan: Plan, shown: Sequence[Rejected]) -> Table:
     return table
 
 
-def _format_rejected(row: Rejected) -> tuple[str, str, str]:
+def _format_rejected(row: Rejected) -> tuple[str, str, Text]:
     time = "-" if row.relative_step_time is None else f"{row.relative_step_time:.2f}x"
-    return format_gib(row.peak_allocated_bytes), time, row.reason
+    return format_gib(row.peak_allocated_bytes), time, Text(row.reason)
 
 
 def list_schedule(plan: Plan) -> list[str]:

@@ -30,5 +30,5 @@ def _format_relaxations(relaxations: Sequence[Relaxation]) -> Table:
     )
     for row in relaxations:
         fits = Text("yes", style="green") if row.fits else Text("no", style="red")
-        table.add_row(row.change, fits, format_gib(row.peak_allocated_bytes), row.effect)
+        table.add_row(Text(row.change), fits, format_gib(row.peak_allocated_bytes), Text(row.effect))
     return table

@@ -137,6 +137,8 @@ class Moe:
     """The matrices of one expert."""
     separate_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     """Names of an expert's matrices where experts are modules of their own (before transformers 5)."""
+    adapters_reach_experts: bool = False
+    """Whether PEFT turns the names of separate experts into adapters on the fused parameters (PEFT 0.19 on)."""
     shared: Mlp | None = None
     """Experts every token visits, as one dense block."""
     shared_gate: Linear | None = None

@@ -394,3 +394,15 @@ def list_rule_rows() -> tuple[RuleRow, ...]:
 def read_rule_constants() -> Row:
     """Return the numbers of the rule of thumb by name."""
     return dict(_toml_rows("rule.toml", "constants"))
+
+
+@cache
+def read_rule_patterns() -> tuple[Row, ...]:
+    """Return the rule of thumb's usual set-ups: size, card, devices, micro-batch, accumulation."""
+    return tuple(_toml_rows("rule.toml", "pattern"))
+
+
+@cache
+def read_rule_targets() -> tuple[Row, ...]:
+    """Return the rule of thumb's effective batches and how they are split."""
+    return tuple(_toml_rows("rule.toml", "target"))

@@ -1,0 +1,103 @@
+"""A plan as text: the verdict first, nothing wider than the terminal, nothing the user wrote taken as markup."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from brim.report.commands import break_command
+from brim.report.plan import format_plan
+
+SECTIONS = ("Why", "Memory at the peak (loss)", "Alternatives (5 of 95)", "Assumed", "Warnings", "Schedule", "Next")
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+def test_nothing_is_wider_than_the_terminal(plans: Any, render: Callable[..., str], width: int) -> None:
+    command = "brim plan meta-llama/Llama-3.1-8B --gpu rtx-4090 --method qlora --dataset 'my data.jsonl' --export trl"
+    text = render(format_plan(plans.make_plan(), next_commands=[command]), width)
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_the_verdict_comes_first(plans: Any, render: Callable[..., str]) -> None:
+    first = render(format_plan(plans.make_plan())).splitlines()[0]
+    assert first == "Fits: micro-batch 4 x accumulation 8 x 1 GPU = 32 sequences per optimizer step"
+
+
+def test_a_plan_over_capacity_says_so(plans: Any, render: Callable[..., str]) -> None:
+    plan = plans.make_plan(capacity_bytes=10 * 2**30)
+    assert render(format_plan(plan)).startswith("Does not fit: ")
+
+
+def test_every_section_is_there_in_order(plans: Any, render: Callable[..., str]) -> None:
+    lines = render(format_plan(plans.make_plan(), next_commands=["brim export plan.json trl"])).splitlines()
+    assert [line for line in lines if line in SECTIONS] == list(SECTIONS)
+
+
+def test_every_number_has_a_source_and_its_error(plans: Any, render: Callable[..., str]) -> None:
+    text = render(format_plan(plans.make_plan()))
+    assert "formula; in 9 of 10 measured runs it was off by less than 0.90 GiB" in text
+    assert "formula (unmeasured on this card)" in text
+    unmeasured = plans.make_plan(estimate=plans.make_estimate(margin_bytes=0))
+    assert "formula; its error has not been measured" in render(format_plan(unmeasured))
+
+
+def test_ledger_rows_sum_to_what_is_used(plans: Any, render: Callable[..., str]) -> None:
+    text = render(format_plan(plans.make_plan()))
+    ledger = text.split("Memory at the peak (loss)\n")[1].split("\n\n")[0].splitlines()[1:]
+    numbers = {line[:18].strip(): float(line.split("%")[0].replace("<", "").split()[-2]) for line in ledger}
+    used, free = numbers.pop("used"), numbers.pop("free")
+    assert sum(numbers.values()) == pytest.approx(used, abs=0.03)
+    assert used + free == pytest.approx(23.5, abs=0.01)
+
+
+def test_unknown_speed_and_schedule_are_said(plans: Any, render: Callable[..., str]) -> None:
+    plan = plans.make_plan(estimate=plans.make_estimate("rule", step_time=None, moments=(), peak_moment=""))
+    schedule = replace(plan.schedule, num_sequences=None, steps_per_epoch=None, total_steps=None, epoch_seconds=None)
+    text = render(format_plan(replace(plan, schedule=schedule, rejected=(), warnings=(), reasons=())))
+    assert "not predicted: rule knows no rates of rtx-4090" in text
+    assert "per epoch" not in text and "Alternatives" not in text and "Warnings" not in text
+
+
+def test_free_memory_is_named_as_such(plans: Any, render: Callable[..., str]) -> None:
+    plan = plans.make_plan()
+    cluster = plan.workload.cluster
+    device = replace(cluster.device, free_bytes=20 * 2**30)
+    workload = replace(plan.workload, cluster=replace(cluster, device=device, devices_per_node=2))
+    text = render(format_plan(replace(plan, workload=workload, capacity_bytes=20 * 2**30)))
+    assert "only what is free now counts, of 23.50 GiB" in text
+    assert "tokens/s per GPU" in text and "2 x rtx-4090" in text
+
+
+@pytest.mark.parametrize("name", ["[red]x[/red]", "[/]", ":smile:", "x" * 200, "名前/モデル"])
+def test_the_users_words_are_no_markup(plans: Any, render: Callable[..., str], name: str) -> None:
+    plan = plans.make_plan(workload=plans.make_workload(model=plans.make_model(name)), reasons=(name,))
+    text = render(format_plan(plan), 80)
+    assert name in text.replace("\n", "").replace(" ", "")
+
+
+def test_an_ascii_terminal_gets_ascii(plans: Any, render: Callable[..., str]) -> None:
+    assert "####" in render(format_plan(plans.make_plan()), 80, "ascii")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+@given(number=st.integers(min_value=0, max_value=2**62), width=st.integers(min_value=40, max_value=130))
+def test_no_number_breaks_the_report(plans: Any, render: Callable[..., str], number: int, width: int) -> None:
+    ledger = plans.make_ledger(parameters=number / 2**30)
+    moment = plans.Moment(name="loss", ledger=ledger)
+    estimate = plans.make_estimate(moments=(moment,), peak_moment="loss", device_bytes=number)
+    plan = plans.make_plan(estimate=estimate, capacity_bytes=number, budget_bytes=number // 2)
+    assert max(map(len, render(format_plan(plan), width).splitlines())) <= width
+
+
+@given(st.lists(st.from_regex(r"[a-z0-9./=-]{1,30}|'[a-z ]{1,20}'", fullmatch=True), min_size=1, max_size=20))
+def test_a_broken_command_is_the_same_command(words: list[str]) -> None:
+    lines = break_command(" ".join(words), 60)
+    assert all(line.endswith(" \\") for line in lines[:-1])
+    joined = " ".join(line.removesuffix(" \\").strip() for line in lines)
+    assert joined == " ".join(words)
+    assert all(len(line) <= 60 for line in lines)
