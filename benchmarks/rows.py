@@ -26,6 +26,7 @@ _ENGINE_FIELDS = (
     "set_to_none", "logits_alive_in_backward", "upcasts_logits", "copies_shifted_logits", "repeats_kv",
     "always_masks", "fused_experts", "keeps_loss_chunks", "reentrant_checkpointing",
 )  # fmt: skip
+_TORCHAO = {"adamw_torch_8bit": "adamw-8bit"}  # torchao: two 8-bit states, scales per 256 elements, as bitsandbytes
 _QUANTIZATIONS = {"bnb-nf4": "nf4", "bnb-nf4-dq": "nf4", "bnb-fp4": "fp4", "ao-nf4": "nf4", "gptq-int4": "gptq-int4"}
 _KERNELS = {None: "none", "unsloth": "unsloth", "liger": "liger", "cut-cross-entropy": "none"}
 _OLD_LOSS = "4.46"  # transformers: the first release whose loss function upcasts logits beside the 16-bit ones
@@ -118,7 +119,7 @@ def _read_recipe(row: Row, shape: ModelShape, facts: Row) -> Recipe:
 
 
 def _optimizer(name: str | None) -> str:
-    return name or "adamw"
+    return _TORCHAO.get(name or "", name or "adamw")
 
 
 def _read_lora(row: Row, shape: ModelShape, facts: Row, extra: Row, weight: str) -> Lora:
@@ -138,10 +139,11 @@ def _read_quantization(row: Row, facts: Row, extra: Row) -> Quantization:
     if kind not in _QUANTIZATIONS:
         raise UnsupportedModel(model=row["model"]["name"], what=f"{kind} storage")
     is_gptq = kind.startswith("gptq")
+    keeps_inputs = bool(facts.get("keeps_quantised_inputs")) and not is_gptq
     return Quantization(
         kind=_QUANTIZATIONS[kind], block_size=facts.get("gptq_group_size", 128) if is_gptq else 64,
         double_quant=kind.endswith("-dq") or kind.startswith("ao-") or bool(facts.get("double_quant")) and not is_gptq,
-        upcast_rest=bool(extra.get("kbit_upcast")),
+        keeps_inputs=keeps_inputs, upcast_rest=bool(extra.get("kbit_upcast")),
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ from brim.spec.model import ModelShape, Moe
 from brim.spec.recipe import Lora
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "readers"))
-from architecture_cases import architecture_cases  # noqa: E402
+from architecture_cases import architecture_cases
 
 CASES = dict(architecture_cases())
 CARDS = {row["id"]: row for row in map(json.loads, (files("brim.tables") / "models.jsonl").read_text().splitlines())}
@@ -167,7 +167,8 @@ def test_separate_experts_weigh_what_fused_ones_do() -> None:
     ("case", "targets"),
     [
         ("llama-plain", ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
-        ("gpt2-plain", ("c_attn", "c_proj", "c_fc")), ("phi3-plain", ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+        ("gpt2-plain", ("c_attn", "c_proj", "c_fc")),
+        ("phi3-plain", ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
         ("gpt_neox-plain", ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")),
         ("mixtral-num_local_experts", ("q_proj", "k_proj", "v_proj", "o_proj")),
         ("bert-plain", ("query", "key", "value", "dense")), ("t5-plain", ("q", "k", "v", "o", "wi", "wo")),
@@ -193,12 +194,13 @@ def test_published_adapter_sizes() -> None:
 
 PEFT_CASES = [
     "llama-plain", "qwen2-plain", "mixtral-num_local_experts", "qwen2_moe-plain", "deepseek_v3-plain", "gpt2-plain",
-    "gpt_neox-plain", "phi3-plain", "falcon-plain", "bert-plain", "modernbert-plain", "t5-feed_forward_proj-tie_word_embeddings",
+    "gpt_neox-plain", "phi3-plain", "falcon-plain", "bert-plain", "modernbert-plain",
+    "t5-feed_forward_proj-tie_word_embeddings",
     "bart-plain", "opt-word_embed_proj_dim-do_layer_norm_before", "gpt_oss-plain", "vit-plain",
     "gemma3-text_config-vision_config-mm_tokens_per_image", "gemma4-text_config-vision_config-audio_config",
     "gemma4_text-enable_moe_block-num_experts-top_k_experts-moe_intermediate_size", "BertForSequenceClassification",
     "LlamaForSequenceClassification", "qwen3_moe-mlp_only_layers", "deepseek_v2-first_k_dense_replace-n_shared_experts",
-    "glm4_moe-plain", "BertModel", "RobertaForSequenceClassification", "LlamaForTokenClassification",
+    "glm4_moe-plain", "BertModel", "LlamaForTokenClassification",
 ]  # fmt: skip
 
 

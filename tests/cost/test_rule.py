@@ -71,8 +71,8 @@ def test_patterns_come_out_exactly(pattern: dict[str, Any]) -> None:
     )  # fmt: skip
     assert (made.strategy.micro_batch_size, made.strategy.gradient_accumulation_steps) == split
     constants = read_rule_constants()
-    assert constants["micro_batch_with_checkpointing"][0] <= split[0] <= constants["micro_batch_with_checkpointing"][1]
-    assert constants["accumulation_with_checkpointing"][0] <= split[1] <= constants["accumulation_with_checkpointing"][1]
+    micro, steps = constants.micro_batch_with_checkpointing, constants.accumulation_with_checkpointing
+    assert micro[0] <= split[0] <= micro[1] and steps[0] <= split[1] <= steps[1]
 
 
 def test_the_patterns_are_the_issues() -> None:

@@ -77,6 +77,6 @@ def toy_answerer(
         return find_budget(workload.cluster.device, outside_bytes=0, margin_fraction=0.0)
 
     return Answerer(
-        source="formula", estimate=estimate, peak=peak, seconds=seconds, budget=budget, order=relative_cost,
-        order_text=ORDER_TEXT,
+        source="formula", estimate=estimate, peak=peak, moment=lambda workload, strategy: "loss", seconds=seconds,
+        budget=budget, order=relative_cost, order_text=ORDER_TEXT,
     )  # fmt: skip

@@ -71,6 +71,13 @@ def test_two_changes_together_when_one_is_not_enough() -> None:
     assert any(change.startswith("--method qlora --seq-len") for change in changes(error))
 
 
+def test_a_shorter_length_on_the_largest_card_is_the_last_resort() -> None:
+    answerer = toy_answerer(base_bytes=20 * GIB, sequence_bytes=60 * GIB)
+    error = refusal(answerer, method="qlora", gpu="4GiB", seq_len=131_072)
+    assert len(error.relaxations) == 1 and error.relaxations[0].fits
+    assert changes(error)[0].startswith("--gpu ") and "--seq-len" in changes(error)[0]
+
+
 def test_the_closest_is_shown_when_nothing_fits() -> None:
     error = refusal(toy_answerer(base_bytes=4000 * GIB), method="full", gpu="h100")
     assert changes(error) == ["--method qlora"] and not error.relaxations[0].fits

@@ -41,8 +41,8 @@ def test_a_plain_strategy_breaks_no_rule() -> None:
         ({"model": "t5-small"}, {"attention_kernel": "flash"},
          "transformers has no flash attention for t5; use sdpa"),
         ({"model": "gpt-oss-20b"}, {}, "transformers has no SDPA attention for gpt_oss; use eager"),
-        ({}, {"activation_checkpointing": "selective"},
-         "trl has no setting for selective checkpointing; use full or none"),
+        ({"trainer": "transformers"}, {"activation_checkpointing": "selective", "loss_kernel": "dense"},
+         "transformers has no setting for selective checkpointing; use full or none"),
         ({}, {"loss_kernel": "dense"}, "trl has no dense loss; it has chunked"),
         ({}, {"layer_kernels": "liger"}, "trl has no liger layer kernels; it has none"),
         ({"optimizer": "paged_adamw_8bit"}, {"optimizer_kernel": "foreach"},
@@ -50,6 +50,10 @@ def test_a_plain_strategy_breaks_no_rule() -> None:
         ({}, {"activation_offload": True}, "trl does not keep activations in host memory"),
         ({"trainer": "unsloth"}, {"activation_offload": True, "loss_kernel": "fused", "layer_kernels": "unsloth"},
          "activation offload moves the inputs of checkpointed layers; it needs full checkpointing"),
+        ({"trainer": "unsloth", "seq_len": 256},
+         {"activation_offload": True, "activation_checkpointing": "full", "loss_kernel": "fused",
+          "layer_kernels": "unsloth"},
+         "unsloth offloads activations from 512 tokens on, not at 256"),
     ],
 )  # fmt: skip
 def test_a_broken_rule_says_why(job: dict[str, Any], knobs: dict[str, Any], text: str) -> None:
@@ -67,6 +71,12 @@ def test_wide_heads_refuse_flash() -> None:
 
 def test_an_unknown_card_is_not_held_back() -> None:
     assert reason({"gpu": "24GiB", "dtype": "bf16"}, attention_kernel="flash") is None
+
+
+@pytest.mark.parametrize("trainer", ["trl", "accelerate", "plain"])
+def test_selective_checkpointing_where_there_is_a_word_for_it(trainer: str) -> None:
+    loss = "chunked" if trainer == "trl" else "dense"
+    assert reason({"trainer": trainer}, activation_checkpointing="selective", loss_kernel=loss) is None
 
 
 def test_every_rule_says_what_it_is_for() -> None:

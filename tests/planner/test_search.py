@@ -11,7 +11,7 @@ from brim.errors import InvalidStrategy
 from brim.planner.answerer import Answerer, relative_cost
 from brim.planner.batch import exact_splits, is_power_of_two
 from brim.planner.candidates import list_variants
-from brim.planner.search import Costed, choose, search
+from brim.planner.search import Costed, choose, least_peak_bytes, search
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
 
@@ -78,6 +78,14 @@ def test_what_is_found_fits_and_keeps_the_batch(key: tuple[str, str, int], law: 
         split = strategy.micro_batch_size * strategy.gradient_accumulation_steps * strategy.mesh.data_parallel_size
         assert split == workload.batch.sequences
     assert all(costed.peak_bytes > budget * GIB for costed in found.over)
+
+
+@settings(max_examples=60, deadline=None)
+@given(key=st.sampled_from(sorted(JOBS)), law=LAWS)
+def test_the_least_peak_is_that_of_all(key: tuple[str, str, int], law: dict[str, Any]) -> None:
+    workload, answerer = JOBS[key].workload, toy_answerer(**law)
+    every = search(workload, {}, answerer, 2**60).fitting
+    assert least_peak_bytes(workload, {}, answerer) == min(costed.peak_bytes for costed in every)
 
 
 def test_the_whole_batch_is_asked_even_when_half_of_it_does_not_fit() -> None:

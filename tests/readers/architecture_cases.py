@@ -98,7 +98,9 @@ _VARIANTS: dict[str, tuple[Config, tuple[Config, ...]]] = {
         ),
     ),
     "phi": (_SIZES, ({}, {"qk_layernorm": True}, {"num_key_value_heads": None}, {"tie_word_embeddings": True})),
-    "phi3": (_SIZES | {"pad_token_id": 0, "eos_token_id": 0}, ({}, {"sliding_window": 16}, {"tie_word_embeddings": True})),
+    "phi3": (
+        _SIZES | {"pad_token_id": 0, "eos_token_id": 0}, ({}, {"sliding_window": 16}, {"tie_word_embeddings": True})
+    ),
     "gpt2": (_GPT2, ({}, {"n_inner": 80}, {"tie_word_embeddings": False})),
     "gpt_neox": (
         _PLAIN, ({}, {"attention_bias": False}, {"use_parallel_residual": False}, {"tie_word_embeddings": True})
@@ -169,7 +171,7 @@ _VARIANTS: dict[str, tuple[Config, tuple[Config, ...]]] = {
             {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 20},
             {"num_kv_shared_layers": 3, "use_double_wide_mlp": True, "layer_types": ["full_attention"] * 7},
             {"attention_bias": True, "tie_word_embeddings": False}, {"layer_types": ["sliding_attention"] * 7},
-            {"per_layer_config": dict.fromkeys("56", {"head_dim": 8, "num_key_value_heads": 1})},
+            {"per_layer_config": {key: {"head_dim": 8, "num_key_value_heads": 1} for key in "56"}},
             {"per_layer_config": {str(layer): {"head_dim": 8} for layer in range(5)}},
         ),
     ),
@@ -211,7 +213,11 @@ _VARIANTS: dict[str, tuple[Config, tuple[Config, ...]]] = {
     "mt5": (_T5, ({}, {"feed_forward_proj": "relu"})),
     "bart": (_BART, ({}, {"tie_word_embeddings": False})),
     "vit": (
-        _VIT, ({}, {"qkv_bias": False}, {"image_size": [32, 48]}, {"patch_size": [8, 16], "num_channels": 1}, _LABELS)
+        _VIT,
+        (
+            {}, {"qkv_bias": False}, {"image_size": [32, 48]}, {"patch_size": [8, 16], "num_channels": 1}, _LABELS,
+            {"head_dim": 20}, {"num_labels": 3} | _LABELS,
+        ),
     ),
 }  # fmt: skip
 
@@ -222,7 +228,7 @@ _LLAMA_LIKE = {
 }  # fmt: skip
 _CLASSES: dict[str, tuple[str, ...]] = {
     **{
-        model_type: tuple(prefix + suffix for suffix in ("ForSequenceClassification", "ForTokenClassification", "Model"))
+        model_type: (prefix + "ForSequenceClassification", prefix + "ForTokenClassification", prefix + "Model")
         for model_type, prefix in _LLAMA_LIKE.items()
     },
     "opt": ("OPTForSequenceClassification", "OPTForQuestionAnswering", "OPTModel"),

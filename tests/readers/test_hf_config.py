@@ -6,8 +6,8 @@ import copy
 import json
 import warnings
 from collections import Counter
-from functools import cache
 from collections.abc import Iterator
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -182,7 +182,8 @@ def test_sequence_of_an_image_is_fixed() -> None:
         {"model_type": "mamba"}, {"model_type": "jamba", "auto_map": {}}, {"architectures": ["LlamaForVideo"]},
         {"architectures": ["MistralForCausalLM"]}, {"torch_dtype": "float8_e4m3fn"}, {"per_layer_config": {"0": {}}},
         {"model_type": "gemma2", "layer_types": ["chunked_attention"] * 2},
-        {"model_type": "opt", "layer_norm_elementwise_affine": False}, {"model_type": "gpt2", "add_cross_attention": True},
+        {"model_type": "opt", "layer_norm_elementwise_affine": False},
+        {"model_type": "gpt2", "add_cross_attention": True},
         {"model_type": "bert", "add_cross_attention": True},
         {"model_type": "gemma3", "vision_config": {"model_type": "clip_vision_model"}},
         {"model_type": "gemma3", "vision_config": {"vision_use_head": True}},
@@ -197,7 +198,8 @@ def test_unknown_features_are_refused(changes: dict[str, Any]) -> None:
     ("changes", "path"),
     [
         ({"hidden_size": "4096"}, "hidden_size"), ({"hidden_size": True}, "hidden_size"),
-        ({"hidden_size": 4.5}, "hidden_size"), ({"hidden_size": -64}, "hidden_size"), ({"hidden_size": 0}, "hidden_size"),
+        ({"hidden_size": 4.5}, "hidden_size"),
+        ({"hidden_size": -64}, "hidden_size"), ({"hidden_size": 0}, "hidden_size"),
         ({"hidden_size": 2**32}, "hidden_size"), ({"hidden_size": None}, "hidden_size"),
         ({"num_hidden_layers": 10_001}, "num_hidden_layers"), ({"num_attention_heads": 5}, "num_attention_heads"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"), ({"tie_word_embeddings": 1}, "tie_word_embeddings"),

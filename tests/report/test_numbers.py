@@ -36,8 +36,8 @@ def test_difference_is_signed() -> None:
 
 
 def test_counts_are_named_like_models() -> None:
-    assert [format_parameters(number) for number in (8_030_261_248, 124_439_808, 1_026_000_000_000, 7)] == [
-        "8.03B", "124M", "1.03T", "7"]  # fmt: skip
+    counts = (8_030_261_248, 124_439_808, 999_885_952, 1_026_000_000_000, 7)
+    assert [format_parameters(number) for number in counts] == ["8.03B", "124M", "1B", "1.03T", "7"]
 
 
 def test_a_rate_is_cut_to_three_digits_and_unknown_stays_unknown() -> None:

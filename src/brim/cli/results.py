@@ -68,7 +68,7 @@ def print_plan(plan: Plan, next_commands: Sequence[str], *, as_json: bool) -> No
 
 
 def _find_target(plan: Plan) -> list[str]:
-    from brim.tables.read import list_dialects
+    from brim.tables.dialects import list_dialects
 
     trainer = plan.workload.recipe.engine.name
     return [trainer] if any(row.target == trainer for row in list_dialects()) else []

@@ -8,7 +8,7 @@ from brim.tables.read import find_link
 _LAUNCH_SECONDS = 8.4e-6
 """Fixed cost of a collective. Source: NCCL ring, Simple protocol, as in torch 2.13 _inductor/comm_analysis.py."""
 FIRST_BUCKET_BYTES = 25 * 2**20
-"""What DistributedDataParallel sends last, when nothing is left to hide it. Source: torch/nn/parallel/distributed.py."""
+"""What DistributedDataParallel sends last, with nothing left to hide it. Source: torch/nn/parallel/distributed.py."""
 
 
 def gather_seconds(size_bytes: float, ranks: int, cluster: Cluster) -> float | None:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from brim.cost.blocks import Block, cost_head, cost_layer
+from brim.cost.calibration import margin_bytes
 from brim.cost.ledger import Estimate, Ledger, Moment
 from brim.cost.layers import mask_bytes
 from brim.cost.overhead import context_bytes, workspace_bytes
@@ -251,12 +252,12 @@ def estimate(workload: Workload, strategy: Strategy) -> Estimate:
     tokens = strategy.micro_batch_size * _sequence_tokens(workload)
     moments = tuple(_ledgers(profile, tokens))
     peak = max(moments, key=lambda moment: moment.total_bytes)
-    reserved = max(peak.total_bytes, estimate_reserved(workload, strategy, profile))
+    reserved = max(peak.total_bytes, estimate_reserved(workload, strategy))
     context = context_bytes(workload.cluster.device)
     return Estimate(
         source="formula", moments=moments, peak_allocated_bytes=peak.total_bytes, peak_reserved_bytes=reserved,
         device_bytes=reserved + context + profile.paged_bytes, peak_moment=peak.name,
-        step_time=step_time(workload, strategy), notes=_notes(workload, strategy),
+        step_time=step_time(workload, strategy), margin_bytes=margin_bytes("formula", peak.total_bytes), notes=_notes(workload, strategy),
     )  # fmt: skip
 
 

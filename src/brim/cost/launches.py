@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from brim.cost.flops import active_adapters, attentions, text_groups
 from brim.cost.parameters import layer_linears
+from brim.cost.setting import Setting, norm_is_fused
 from brim.cost.states import quantised_linears
 from brim.cost.traffic import Bytes as Count
-from brim.cost.traffic import Widths
 from brim.spec.model import LayerGroup, ModelShape, Moe
 from brim.spec.recipe import Recipe
 from brim.spec.strategy import Strategy
@@ -28,22 +28,21 @@ _NORM_WRITTEN_OUT, _ROTARY_WRITTEN_OUT = Count(8, 16), Count(10, 18)
 _ONE = Count(1, 1)
 
 
-def count_launches(shape: ModelShape, recipe: Recipe, strategy: Strategy, widths: Widths) -> Count:
+def count_launches(shape: ModelShape, recipe: Recipe, strategy: Strategy, setting: Setting) -> Count:
     """Return the kernels of one micro-batch, forward and backward without recomputation."""
     total = OUTSIDE_LAYERS
     for group in text_groups(shape):
-        total += _layer_launches(group, recipe, strategy, widths).times(group.count)
+        total += _layer_launches(group, recipe, strategy, setting).times(group.count)
     return total
 
 
-def _layer_launches(group: LayerGroup, recipe: Recipe, strategy: Strategy, widths: Widths) -> Count:
-    written_out = group.norm == "rmsnorm" and not widths.fused
-    norm = _NORM_WRITTEN_OUT if written_out else _ONE
-    total = norm.times(group.num_norms) + _products(group, recipe, widths) + Count(4, 8)
+def _layer_launches(group: LayerGroup, recipe: Recipe, strategy: Strategy, setting: Setting) -> Count:
+    norm = _ONE if norm_is_fused(group.norm, setting) else _NORM_WRITTEN_OUT
+    total = norm.times(group.num_norms) + _products(group, recipe, setting) + Count(4, 8)
     for attention in attentions(group):
         total += Count(10, 11) if strategy.attention_kernel == "eager" else _ONE
         if attention.rotary:
-            total += _ONE if widths.fused else _ROTARY_WRITTEN_OUT
+            total += _ONE if setting.fused_rotary else _ROTARY_WRITTEN_OUT
         if attention.qk_norm != "none":
             total += norm.times(2)
     if isinstance(group.mlp, Moe):
@@ -51,16 +50,16 @@ def _layer_launches(group: LayerGroup, recipe: Recipe, strategy: Strategy, width
     return total
 
 
-def _products(group: LayerGroup, recipe: Recipe, widths: Widths) -> Count:
+def _products(group: LayerGroup, recipe: Recipe, setting: Setting) -> Count:
     """Matrix products with their gradients, adapters, and the expansion of quantised weights."""
     fused = recipe.engine.fused_experts
-    backward = 2 if widths.trains_base else 1
+    backward = 2 if setting.trains_base else 1
     total = Count(1, backward).times(sum(1 if fused else copies for _, copies in layer_linears(group)))
     adapted = len(active_adapters(group, recipe))
-    if adapted and widths.layer_kernels == "unsloth":
+    if adapted and setting.fused_adapters:
         total += Count(2, 5).times(adapted)
     else:
-        total += (Count(8, 9) if widths.autocast else Count(6, 8)).times(adapted)
+        total += (Count(8, 9) if setting.autocast else Count(6, 8)).times(adapted)
     if recipe.quantization is not None:
         scales = 2 if recipe.quantization.double_quant else 1
         total += Count(scales, scales).times(sum(copies for _, copies in quantised_linears(group, fused)))

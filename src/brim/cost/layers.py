@@ -95,7 +95,7 @@ def project(
     weight_copy = _cast_weight(tape, linear, setting, quantised, copies)
     output = tape.op(
         linear.name, [narrow], per_token(round(c * linear.out_features * tokens)),
-        saves=[*weight_copy, narrow] if trains else weight_copy,
+        saves=[*weight_copy, narrow] if trains or (quantised and _keeps_inputs(setting)) else weight_copy,
         scratch=working, grad_scratch=working,
         weight_grad=fixed(linear.num_parameters * copies * setting.weight_bytes) if trains else ZERO,
     )  # fmt: skip
@@ -103,6 +103,10 @@ def project(
     if setting.adapts(linear) and not is_expert and (named or not is_output):
         output = _adapt(tape, x, output, linear, setting, tokens)
     return output
+
+
+def _keeps_inputs(setting: Setting) -> bool:
+    return setting.quantization is not None and setting.quantization.keeps_inputs
 
 
 def _cast_input(tape: Tape, x: Tensor, linear: Linear, setting: Setting, tokens: Fraction | int) -> Tensor:

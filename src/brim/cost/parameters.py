@@ -201,16 +201,17 @@ def _rerouted(group: LayerGroup, names: set[str]) -> Iterable[tuple[Linear, int]
     assert isinstance(moe, Moe)
     gate, up, down = moe.separate_names
     gate_up, down_linear = moe.expert_linears
-    ranks = ((moe.router, moe.router.name in names), (gate_up, (gate in names) + (up in names)), (down_linear, down in names))
-    for linear, rank in ranks:
-        if rank:
-            yield linear, group.count * rank * (1 if linear is moe.router else moe.num_experts)
+    if moe.router.name in names:
+        yield moe.router, group.count
+    for linear, parts in ((gate_up, (gate, up)), (down_linear, (down,))):
+        if hits := sum(part in names for part in parts):
+            yield linear, group.count * moe.num_experts * hits
 
 
 def count_lora_parameters(shape: ModelShape, lora: Lora, fused_experts: bool) -> int:
     """Return the trained parameters of an adapter, elements: r x (in + out) per matrix, and out more with DoRA.
 
-    Leaves out: `modules_to_save`, `rank_pattern`, adapters on convolutions.
+    Leaves out: `modules_to_save` (PEFT trains a classification head whole), `rank_pattern`, adapters on convolutions.
 
     Source: LoRA (arXiv 2106.09685) section 4.1; DoRA (arXiv 2402.09353) section 4.1.
     """

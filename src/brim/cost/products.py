@@ -18,14 +18,9 @@ from brim.cost.flops import (
 from brim.cost.launches import SECONDS_PER_LAUNCH, count_launches
 from brim.cost.parameters import layer_linears
 from brim.cost.rates import Rates, attention_fraction
+from brim.cost.setting import Setting
 from brim.cost.states import count_states, quantised_linears
-from brim.cost.traffic import (
-    Widths,
-    count_head_bytes,
-    count_layer_bytes,
-    count_score_bytes,
-    read_widths,
-)
+from brim.cost.traffic import count_head_bytes, count_layer_bytes, count_score_bytes, read_fusion
 from brim.spec.model import Attention
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
@@ -43,18 +38,18 @@ _PACKED_BYTES = {"nf4": 0.5, "fp4": 0.5, "gptq-int4": 0.5, "int8": 1.0, "fp8": 1
 
 
 class Passes(NamedTuple):
-    """Coefficients of one micro-batch, seconds."""
+    """Coefficients of one micro-batch."""
 
-    products: tuple[tuple[float, float], ...]
+    pass_seconds: tuple[tuple[float, float], ...]
     """For forward and backward: seconds per sequence, and the least it takes to read the weights."""
-    per_sequence: float
+    sequence_seconds: float
     """Attention and traffic between products, per sequence."""
-    per_micro_batch: float
+    overhead_seconds: float
     """What a micro-batch of any size pays on the device."""
-    host: float
+    launch_seconds: float
     """What a micro-batch of any size costs the host."""
-    gradient_sums: float
-    """The part of `per_micro_batch` that adds gradients to those of earlier micro-batches; the first has none."""
+    sum_seconds: float
+    """The part of the overhead that adds gradients to those of earlier micro-batches; the first has none."""
 
 
 def count_passes(workload: Workload, strategy: Strategy, rates: Rates) -> Passes:
@@ -62,43 +57,43 @@ def count_passes(workload: Workload, strategy: Strategy, rates: Rates) -> Passes
 
     Leaves out: overlap of small kernels, and kernels shorter than their own start (the host bounds those).
     """
-    one, widths = replace(strategy, micro_batch_size=1), read_widths(workload.recipe, strategy)
+    one, setting = replace(strategy, micro_batch_size=1), read_fusion(workload, strategy)
     again = 0 if strategy.activation_checkpointing == "none" else 1
-    flops, read = count_flops(workload, one), _weights_read(workload, widths) / rates.bytes_per_second
+    flops, read = count_flops(workload, one), _weights_read(workload, setting) / rates.bytes_per_second
     products = (
         ((flops.matmul_forward + flops.matmul_recompute) / rates.matmul_flops_per_second, (1 + again) * read),
-        (flops.matmul_backward / rates.matmul_flops_per_second, (2 if widths.trains_base else 1) * read),
+        (flops.matmul_backward / rates.matmul_flops_per_second, (2 if setting.trains_base else 1) * read),
     )
-    launches = count_launches(workload.model, workload.recipe, strategy, widths)
-    moved, sums = _traffic_bytes(workload, strategy, widths, again), _gradient_sum_bytes(workload)
-    converted = _converted_bytes(workload, widths, again)
+    launches = count_launches(workload.model, workload.recipe, strategy, setting)
+    moved, sums = _traffic_bytes(workload, strategy, setting, again), _gradient_sum_bytes(workload)
+    converted = _converted_bytes(workload, setting, again)
     return Passes(
-        products=products,
-        per_sequence=_attention_seconds(workload, strategy, rates, widths) + moved / rates.bytes_per_second,
-        per_micro_batch=(converted + sums) / rates.bytes_per_second
+        pass_seconds=products,
+        sequence_seconds=_attention_seconds(workload, strategy, rates, setting) + moved / rates.bytes_per_second,
+        overhead_seconds=(converted + sums) / rates.bytes_per_second
         + _padding_flops(workload, again) / rates.matmul_flops_per_second,
-        host=((1 + again) * launches.forward + launches.backward) * SECONDS_PER_LAUNCH,
-        gradient_sums=sums / rates.bytes_per_second,
+        launch_seconds=((1 + again) * launches.forward + launches.backward) * SECONDS_PER_LAUNCH,
+        sum_seconds=sums / rates.bytes_per_second,
     )
 
 
-def _weights_read(workload: Workload, widths: Widths) -> float:
+def _weights_read(workload: Workload, setting: Setting) -> float:
     """Return the bytes of weights one pass reads, every expert included (each is visited by some token)."""
     layers = sum(
         group.count * copies * linear.num_weights
         for group in text_groups(workload.model)
         for linear, copies in layer_linears(group)
     )
-    return float(widths.c * (layers + count_outer_weights(workload.model)))
+    return float(setting.compute_bytes * (layers + count_outer_weights(workload.model)))
 
 
-def _traffic_bytes(workload: Workload, strategy: Strategy, widths: Widths, again: int) -> float:
+def _traffic_bytes(workload: Workload, strategy: Strategy, setting: Setting, again: int) -> float:
     """Return the bytes one sequence moves between products; checkpointing repeats the layers' forward."""
     shape, recipe = workload.model, workload.recipe
-    head = count_head_bytes(shape, recipe, widths, strategy.loss_kernel)
+    head = count_head_bytes(shape, recipe, setting, strategy.loss_kernel)
     per_token = head.forward + head.backward
     for group in text_groups(shape):
-        layer = count_layer_bytes(group, recipe, widths)
+        layer = count_layer_bytes(group, recipe, setting)
         per_token += group.count * ((1 + again) * layer.forward + layer.backward)
     return per_token * sequence_tokens(workload)
 
@@ -108,7 +103,7 @@ def _gradient_sum_bytes(workload: Workload) -> float:
     return 3.0 * count_states(workload.model, workload.recipe).gradients_bytes
 
 
-def _converted_bytes(workload: Workload, widths: Widths, again: int) -> float:
+def _converted_bytes(workload: Workload, setting: Setting, again: int) -> float:
     """Return the bytes of weights that are expanded or cast for each pass of a micro-batch, however small it is.
 
     Quantised matrices are expanded to 16 bit forward, backward and when recomputed; fp32 ones are cast under autocast
@@ -117,17 +112,18 @@ def _converted_bytes(workload: Workload, widths: Widths, again: int) -> float:
     Source: bitsandbytes autograd/_functions.py MatMul4Bit; torch autocast's weight cache.
     """
     recipe, groups = workload.recipe, text_groups(workload.model)
-    outer = count_outer_weights(workload.model)
+    outer, casting = count_outer_weights(workload.model), 4 + setting.compute_bytes
     if recipe.quantization is None:
+        if not setting.autocast or recipe.weight_dtype != "fp32":
+            return 0.0
         wide = outer + sum(g.count * copies * linear.num_weights for g in groups for linear, copies in layer_linears(g))
-        casts = (1 + again) + (1 if widths.trains_base else 0)
-        return float((4 + widths.c) * casts * wide) if widths.autocast and recipe.weight_dtype == "fp32" else 0.0
+        return float(casting * ((1 + again) + (1 if setting.trains_base else 0)) * wide)
     packed = sum(
         group.count * copies * linear.num_weights
         for group in groups
         for linear, copies in quantised_linears(group, recipe.engine.fused_experts)
     )
-    upcast = (4 + widths.c) * 2 * outer if recipe.quantization.upcast_rest and widths.autocast else 0
+    upcast = 2 * casting * outer if recipe.quantization.upcast_rest and setting.autocast else 0
     return packed * (_PACKED_BYTES[recipe.quantization.kind] + _EXPANDED_BYTES) * (2 + again) + upcast
 
 
@@ -151,19 +147,19 @@ def _padding_flops(workload: Workload, again: int) -> float:
     return total
 
 
-def _attention_seconds(workload: Workload, strategy: Strategy, rates: Rates, widths: Widths) -> float:
+def _attention_seconds(workload: Workload, strategy: Strategy, rates: Rates, setting: Setting) -> float:
     """Return the seconds of attention of one sequence, forward, backward and recomputed, all layers."""
     again = 1 if repeats_attention(strategy) else 0
     by_kernel = _eager_seconds if strategy.attention_kernel == "eager" else _flash_seconds
     return sum(
-        group.count * by_kernel(attention, workload, strategy, rates, widths, again)
+        group.count * by_kernel(attention, workload, strategy, rates, setting, again)
         for group in text_groups(workload.model)
         for attention in attentions(group)
     )
 
 
 def _flash_seconds(
-    attention: Attention, workload: Workload, strategy: Strategy, rates: Rates, widths: Widths, again: int
+    attention: Attention, workload: Workload, strategy: Strategy, rates: Rates, setting: Setting, again: int
 ) -> float:
     """Tiles on the diagonal are computed whole; SDPA gets a sliding window as a mask and skips nothing.
 
@@ -183,11 +179,11 @@ def _flash_seconds(
 
 
 def _eager_seconds(
-    attention: Attention, workload: Workload, strategy: Strategy, rates: Rates, widths: Widths, again: int
+    attention: Attention, workload: Workload, strategy: Strategy, rates: Rates, setting: Setting, again: int
 ) -> float:
     """Scores in memory: every pair is computed, masked or not, and each kernel between moves all of them."""
     pairs = sequence_tokens(workload) ** 2
-    moved = count_score_bytes(attention, widths.c)
+    moved = count_score_bytes(attention, setting.compute_bytes)
     width = attention.num_attention_heads * (attention.head_dim + attention.v_head_dim)
     products = 2 * pairs * width * (3 + again) / rates.matmul_flops_per_second
     return products + pairs * ((1 + again) * moved.forward + moved.backward) / rates.bytes_per_second

@@ -17,6 +17,12 @@ Source: median of the measured shares of data-centre and workstation cards in ta
 """
 HALVED_MATMUL_FRACTION = 0.95
 """The same for cards whose tensor cores are held to twice the fp32 rate (GeForce): the median there is 1.0."""
+SHAPE_FRACTION = 0.85
+"""Share of the best product's rate that a transformer's products reach: the table has the fastest of many shapes.
+
+Source: stas00/ml-engineering compute/accelerator/benchmarks/README.md: a scan over 4096-wide matrices "should give
+around 80-90 %" of the maximum, which is the fastest run of the best shape.
+"""
 BANDWIDTH_FRACTION = 0.85
 """Share of the memory bandwidth that kernels which stream whole tensors reach.
 
@@ -27,7 +33,7 @@ _BACKWARD_PENALTY = 0.9
 """FlashAttention-2 reaches 63 % backward where it reaches 73 % forward (arXiv 2307.08691 section 1): over both, 0.9."""
 _OLD_INSTRUCTIONS = {9: 2 / 3, 10: 1 / 3}
 """Share of the products' rate open to kernels written for Ampere. Hopper: FlashAttention-3 (arXiv 2407.08608)
-section 2.2 and its announcement, mma.sync reaches two thirds. Blackwell data-centre cards: twice the units, not measured."""
+section 2.2 and its announcement: two thirds with mma.sync. Blackwell for data centres has twice the units: a third."""
 _WITHOUT_FLASH = 0.5
 """Volta and Turing run the memory-efficient kernel, which computes in smaller tiles; about half, not measured."""
 
@@ -54,7 +60,7 @@ def read_rates(device: Device, recipe: Recipe) -> Rates | None:
     if peak is None or device.memory_bytes_per_second is None:
         return None
     return Rates(
-        matmul_flops_per_second=peak * matmul_fraction(device, peak),
+        matmul_flops_per_second=peak * matmul_fraction(device, peak) * SHAPE_FRACTION,
         peak_flops_per_second=peak,
         bytes_per_second=device.memory_bytes_per_second * BANDWIDTH_FRACTION,
     )

@@ -36,7 +36,7 @@ def estimate_rule(workload: Workload, strategy: Strategy) -> Estimate:
     ledger = Ledger(
         parameters=model_bytes(billions, bits, workload.cluster.num_devices),
         activations=activation_bytes(workload, strategy),
-        overhead=round(read_rule_constants()["buffer_gb"] * GB),
+        overhead=round(read_rule_constants().buffer_gb * GB),
     )
     total = ledger.total_bytes
     return Estimate(
@@ -48,7 +48,7 @@ def estimate_rule(workload: Workload, strategy: Strategy) -> Estimate:
 
 def rule_peak_bytes(workload: Workload, strategy: Strategy) -> int:
     """Return the rule's bytes of one device, without the ledger."""
-    buffer_bytes = round(read_rule_constants()["buffer_gb"] * GB)
+    buffer_bytes = round(read_rule_constants().buffer_gb * GB)
     base = model_bytes(count_billions(workload), weight_bits(workload), workload.cluster.num_devices)
     return base + buffer_bytes + activation_bytes(workload, strategy)
 
@@ -59,13 +59,13 @@ def rule_budget_bytes(workload: Workload) -> int:
     A row that says "40 GB+" keeps its answer on every larger card.
     """
     constants, billions, bits = read_rule_constants(), count_billions(workload), weight_bits(workload)
-    base = model_bytes(billions, bits, workload.cluster.num_devices) + round(constants["buffer_gb"] * GB)
+    base = model_bytes(billions, bits, workload.cluster.num_devices) + round(constants.buffer_gb * GB)
     card = card_gb(workload)
     row = find_row(billions, bits, card)
     if row is not None and row.or_more and card >= row.card_gb:
         card = row.card_gb
     remaining = max(0, round(card * GB) - base)
-    return base + int(remaining * constants["used_fraction"]) if remaining else round(card * GB)
+    return base + int(remaining * constants.used_fraction) if remaining else round(card * GB)
 
 
 def count_billions(workload: Workload) -> float:
@@ -98,7 +98,7 @@ def _said_gb(device: Device) -> float:
 def model_bytes(billions: float, bits: int, num_devices: int = 1) -> int:
     """Return what the rule says the weights take on each device, bytes."""
     constants = read_rule_constants()
-    per_billion = constants["gb_per_billion_4bit"] if bits == 4 else constants["gb_per_billion_16bit"]
+    per_billion = constants.gb_per_billion_4bit if bits == 4 else constants.gb_per_billion_16bit
     return round(billions * per_billion * GB / num_devices)
 
 
@@ -120,7 +120,7 @@ def activation_bytes(workload: Workload, strategy: Strategy) -> int:
     """Return what the rule says the activations of a micro-batch take, bytes."""
     billions, bits = count_billions(workload), weight_bits(workload)
     sequence_gb = _sequence_gb(billions, bits, card_gb(workload))
-    length = workload.data.seq_len / read_rule_constants()["reference_seq_len"]
+    length = workload.data.seq_len / read_rule_constants().reference_seq_len
     growth = length**2 if strategy.attention_kernel == "eager" else length
     share = _checkpointing_share(strategy)
     return round(strategy.micro_batch_size * sequence_gb * growth * share * GB)
@@ -130,15 +130,15 @@ def _sequence_gb(billions: float, bits: int, card: float) -> float:
     """Return what one sequence takes in the rule's examples, GB."""
     constants, row = read_rule_constants(), find_row(billions, bits, card)
     if row is None:
-        ratio = billions / constants["activation_billions_16bit"]
-        return constants["activation_gb_16bit"] * ratio ** constants["activation_exponent_16bit"]
-    base_gb = model_bytes(row.billions, bits) / GB + constants["buffer_gb"]
+        ratio = billions / constants.activation_billions_16bit
+        return constants.activation_gb_16bit * ratio ** constants.activation_exponent_16bit
+    base_gb = model_bytes(row.billions, bits) / GB + constants.buffer_gb
     # A size that is said a little differently (6.7B, 8B) takes proportionally more or less.
-    return constants["used_fraction"] * (row.card_gb - base_gb) / row.micro_batch[1] * billions / row.billions
+    return constants.used_fraction * (row.card_gb - base_gb) / row.micro_batch[1] * billions / row.billions
 
 
 def _checkpointing_share(strategy: Strategy) -> float:
     """Return activations relative to the examples, which are read with full checkpointing."""
-    least, most = read_rule_constants()["checkpointing_saves_fraction"]
+    least, most = read_rule_constants().checkpointing_saves_fraction
     kept = {"none": 1.0, "selective": 1 - least, "full": 1 - (least + most) / 2}
     return kept[strategy.activation_checkpointing] / kept["full"]

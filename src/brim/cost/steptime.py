@@ -4,20 +4,22 @@ A micro-batch takes as long as the slower of two queues: the device's kernels on
 attention, traffic between them, expansion of quantised weights), or the host that starts them. The fixed part is the
 optimizer, gradient clipping and what the all-reduce cannot hide.
 
-Everything per workload and kernel choice is worked out once and kept in a `TimeLaw`; a strategy then costs a few
-multiplications, so that the search can ask for thousands.
+Everything that does not depend on how the batch is split is worked out once and kept as a `Law`; a strategy then costs
+a few multiplications, so that the search can ask for thousands.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
-from brim.cost.collectives import FIRST_BUCKET_BYTES, gather_seconds
-from brim.cost.flops import sequence_tokens
+from brim.cost.collectives import FIRST_BUCKET_BYTES, gather_seconds, host_bytes_per_second
+from brim.cost.flops import sequence_tokens, text_groups
 from brim.cost.ledger import StepTime
-from brim.cost.products import Passes, count_passes
-from brim.cost.rates import Rates, read_rates
+from brim.cost.products import count_passes
+from brim.cost.rates import read_rates
+from brim.cost.setting import residual_bytes
 from brim.cost.states import count_states
 from brim.cost.updates import update_seconds
 from brim.spec.strategy import Strategy
@@ -25,58 +27,38 @@ from brim.spec.workload import Workload
 
 
 class Law(NamedTuple):
-    """Coefficients of one choice of kernels, seconds; `b` is the micro-batch in sequences."""
+    """Coefficients of one choice of kernels; `b` is the micro-batch in sequences."""
 
-    passes: tuple[tuple[float, float], ...]
+    pass_seconds: tuple[tuple[float, float], ...]
     """For each pass over the weights: seconds per sequence, and the least it takes to read the weights."""
-    per_sequence: float
+    sequence_seconds: float
     """Attention and traffic, per sequence."""
-    per_micro_batch: float
+    overhead_seconds: float
     """What every micro-batch pays whatever its size: expanded weights, casts, partly filled waves, summed gradients."""
-    host: float
+    launch_seconds: float
     """Time of the host to start all kernels of a micro-batch."""
-    gathers: float
+    gathering_seconds: float
     """Collectives of a micro-batch, where parameters are sharded."""
-    fixed: float
+    transfer_seconds: float
+    """Layer inputs to host memory and back, per sequence, where activations are offloaded."""
+    fixed_seconds: float
     """Optimizer and clipping, less the gradient sums the first micro-batch saves."""
-    reduction: float
+    reduction_seconds: float
     """Gradient reduction of a step, before any of it is hidden."""
-    visible: float
+    visible_fraction: float
     """Share of the reduction that nothing can hide."""
 
     def micro_batch(self, b: int) -> float:
         """Return the seconds of one micro-batch."""
-        products = sum(max(b * slope, least) for slope, least in self.passes)
-        device = products + b * self.per_sequence + self.per_micro_batch
-        return max(device, self.host, self.gathers)
+        products = sum(max(b * slope, least) for slope, least in self.pass_seconds)
+        device = products + b * self.sequence_seconds + self.overhead_seconds
+        return max(device, self.launch_seconds, self.gathering_seconds, b * self.transfer_seconds)
 
     def step(self, b: int, accumulation: int) -> tuple[float, float, float]:
         """Return fixed, micro-batch and step seconds. Half of a micro-batch is backward, and hides the reduction."""
         each = self.micro_batch(b)
-        fixed = self.fixed + max(self.reduction - each / 2, self.reduction * self.visible)
-        return fixed, each, fixed + accumulation * each
-
-
-@dataclass(frozen=True, slots=True)
-class TimeLaw:
-    """The laws of one workload, made as they are asked for."""
-
-    workload: Workload
-    """The job."""
-    rates: Rates
-    """What its device reaches."""
-    laws: dict[tuple[object, ...], Law | None]
-    """Laws by what decides them in a strategy."""
-
-    def find(self, strategy: Strategy) -> Law | None:
-        """Return the law of a strategy's kernels; None for a mesh or a link whose time is not known."""
-        key = (
-            strategy.activation_checkpointing, strategy.attention_kernel, strategy.loss_kernel,
-            strategy.optimizer_kernel, strategy.layer_kernels, strategy.compile, strategy.zero_stage, strategy.mesh,
-        )  # fmt: skip
-        if key not in self.laws:
-            self.laws[key] = _derive(self.workload, strategy, self.rates)
-        return self.laws[key]
+        reduction = max(self.reduction_seconds - each / 2, self.reduction_seconds * self.visible_fraction)
+        return self.fixed_seconds + reduction, each, self.fixed_seconds + reduction + accumulation * each
 
 
 def step_time(workload: Workload, strategy: Strategy) -> StepTime | None:
@@ -85,6 +67,9 @@ def step_time(workload: Workload, strategy: Strategy) -> StepTime | None:
     Leaves out: loading data, logging, evaluation and saving; host-memory offload of states (a few GB/s: far slower);
     padding (sequences shorter than planned finish sooner); throttling under sustained load (up to 10 %).
     Neither tensor, pipeline nor context parallelism, nor several nodes, are timed: None.
+
+    Raises:
+        UnsupportedModel: the recipe has a part the formula does not know (DoRA).
 
     Source: the law and its parts: facts/scale.md section 3; each constant at its definition.
     """
@@ -104,33 +89,42 @@ def seconds(workload: Workload, strategy: Strategy) -> float | None:
     return None if law is None else law.step(strategy.micro_batch_size, strategy.gradient_accumulation_steps)[2]
 
 
-_latest: tuple[Workload, TimeLaw | None] | None = None
-
-
 def _law(workload: Workload, strategy: Strategy) -> Law | None:
-    """Return the law of a strategy; the last workload's are kept, because hashing a workload costs more than a law."""
-    global _latest
-    if _latest is None or _latest[0] is not workload:
-        rates = read_rates(workload.cluster.device, workload.recipe)
-        _latest = (workload, None if rates is None else TimeLaw(workload, rates, {}))
-    laws = _latest[1]
-    return None if laws is None else laws.find(strategy)
+    return _derive(workload, replace(strategy, micro_batch_size=1, gradient_accumulation_steps=1))
 
 
-def _derive(workload: Workload, strategy: Strategy, rates: Rates) -> Law | None:
+@lru_cache(maxsize=512)
+def _derive(workload: Workload, strategy: Strategy) -> Law | None:
+    """Return the law of a strategy's kernels; None for a device, a mesh or a link whose time is not known."""
     mesh, ranks = strategy.mesh, strategy.mesh.data_parallel_size
+    rates = read_rates(workload.cluster.device, workload.recipe)
+    if rates is None:
+        return None
     states = count_states(workload.model, workload.recipe)
     sharded = states.parameters_bytes if strategy.zero_stage == 3 else 0
     gather = gather_seconds(sharded, ranks, workload.cluster) if sharded else 0.0
     scatter = gather_seconds(states.gradients_bytes, ranks, workload.cluster)
     if mesh.num_devices != ranks or strategy.offload != "none" or gather is None or scatter is None:
         return None
-    passes: Passes = count_passes(workload, strategy, rates)
+    passes = count_passes(workload, strategy, rates)
     share = 1 / ranks if strategy.zero_stage else 1.0
     return Law(
-        passes=passes.products, per_sequence=passes.per_sequence, per_micro_batch=passes.per_micro_batch,
-        host=passes.host, gathers=2 * gather,
-        fixed=max(0.0, share * update_seconds(workload, strategy, rates) - passes.gradient_sums),
-        reduction=scatter if strategy.zero_stage == 3 else 2 * scatter,
-        visible=min(1.0, FIRST_BUCKET_BYTES / max(1, states.gradients_bytes)),
+        pass_seconds=passes.pass_seconds, sequence_seconds=passes.sequence_seconds,
+        overhead_seconds=passes.overhead_seconds, launch_seconds=passes.launch_seconds, gathering_seconds=2 * gather,
+        transfer_seconds=_transfer_seconds(workload, strategy),
+        fixed_seconds=max(0.0, share * update_seconds(workload, strategy, rates) - passes.sum_seconds),
+        reduction_seconds=scatter if strategy.zero_stage == 3 else 2 * scatter,
+        visible_fraction=min(1.0, FIRST_BUCKET_BYTES / max(1, states.gradients_bytes)),
     )  # fmt: skip
+
+
+def _transfer_seconds(workload: Workload, strategy: Strategy) -> float:
+    """Return the seconds one sequence's offloaded layer inputs take to host memory and back; they overlap with layers.
+
+    Source: unsloth_zoo gradient_checkpointing.py: the input of every checkpointed layer, on a stream of its own.
+    """
+    if not strategy.activation_offload:
+        return 0.0
+    width = sum(group.count * group.hidden_size for group in text_groups(workload.model))
+    moved = 2 * residual_bytes(workload.recipe) * width * sequence_tokens(workload)
+    return moved / host_bytes_per_second(workload.cluster.device)

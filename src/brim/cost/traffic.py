@@ -1,8 +1,8 @@
 """Bytes that cross the memory bus between matrix products: norms, rotary, activations, adapters, logits, casts.
 
 Counted kernel by kernel from the code that runs: each kernel reads its inputs and writes its output once. Element
-sizes: `c` bytes in matrix products, `r` bytes in the residual stream (4 after PEFT's upcast). Forward and backward
-are separate, because checkpointing repeats the forward only.
+sizes: `c` bytes in matrix products, `r` bytes in the residual stream (4 after PEFT's upcast), `w` bytes of what
+products hand on. Forward and backward are separate, because checkpointing repeats the forward only.
 
 Leaves out: what the second-level cache saves (tensors of a micro-batch are far larger), dropout of base models,
 index and mask tensors (below 0.1 %).
@@ -10,13 +10,15 @@ index and mask tensors (below 0.1 %).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
-from brim.cost.flops import active_adapters, attentions
-from brim.cost.setting import DTYPE_BYTES, compute_bytes, residual_bytes
-from brim.spec.model import Attention, LayerGroup, Mlp, ModelShape, Moe
+from brim.cost.flops import active_adapters, active_linears, attentions
+from brim.cost.setting import Setting, norm_is_fused, read_setting
+from brim.spec.model import Attention, LayerGroup, Linear, Mlp, ModelShape, Moe, NormKind
 from brim.spec.recipe import Recipe
-from brim.spec.strategy import LayerKernels, LossKernel, Strategy
+from brim.spec.strategy import LossKernel, Strategy
+from brim.spec.workload import Workload
 
 # Elements moved per element by activation functions written out in Python, forward and backward; others are one kernel.
 _PYTHON_ACTIVATIONS = {"gelu_new": (18, 36), "gelu_fast": (18, 36), "gelu_python": (12, 24), "quick_gelu": (7, 12)}
@@ -38,41 +40,31 @@ class Bytes(NamedTuple):
         return Bytes(self.forward * factor, self.backward * factor)
 
 
-class Widths(NamedTuple):
-    """What decides traffic besides the shape."""
-
-    c: int
-    """Bytes of an element in matrix products."""
-    r: int
-    """Bytes of an element of the residual stream."""
-    autocast: bool
-    """Whether products cast their operands."""
-    trains_base: bool
-    """Whether the model's own weights train."""
-    fused: bool
-    """Whether norms, rotary and gated activations are single kernels."""
-    layer_kernels: LayerKernels
-    """Which fused kernels."""
+def read_fusion(workload: Workload, strategy: Strategy) -> Setting:
+    """Return the setting of a strategy; compiling fuses norms, rotary and gates as hand-written kernels do."""
+    setting = read_setting(workload, strategy)
+    return replace(setting, fused_norm=True, fused_rotary=True, fused_gate=True) if strategy.compile else setting
 
 
-def read_widths(recipe: Recipe, strategy: Strategy) -> Widths:
-    """Return the element sizes and flags of a recipe under a strategy; compiling fuses as hand-written kernels do."""
-    return Widths(
-        c=compute_bytes(recipe), r=residual_bytes(recipe), autocast=recipe.autocast,
-        trains_base=recipe.lora is None, fused=strategy.compile or strategy.layer_kernels != "none",
-        layer_kernels=strategy.layer_kernels,
-    )  # fmt: skip
+def _handed_on(setting: Setting) -> int:
+    """Return the bytes of an element that products hand on: bitsandbytes casts back to the dtype of its input.
+
+    Source: bitsandbytes nn/modules.py Linear4bit.forward (`.to(inp_dtype)`).
+    """
+    casts_back = setting.quantization is not None and setting.quantization.kind in ("nf4", "fp4", "int8")
+    return max(setting.compute_bytes, setting.residual_bytes if casts_back else 0)
 
 
-def count_layer_bytes(group: LayerGroup, recipe: Recipe, widths: Widths) -> Bytes:
+def count_layer_bytes(group: LayerGroup, recipe: Recipe, setting: Setting) -> Bytes:
     """Return the bytes one token moves in one layer, attention scores and weights aside."""
-    total = _norm(group.hidden_size, group.norm == "layernorm", widths).times(group.num_norms)
-    total += Bytes(2 * widths.r + widths.c, 3 * widths.r).times(group.hidden_size * (2 + _crosses(group)))
+    c, r = setting.compute_bytes, setting.residual_bytes
+    total = _norm(group.hidden_size, group.norm, setting).times(group.num_norms)
+    total += Bytes(2 * r + c, 3 * r).times(group.hidden_size * (2 + _crosses(group)))
     for attention in attentions(group):
-        total += _around_attention(attention, recipe, widths)
-    total += _feed_forward(group, widths) + _input_casts(group, widths)
+        total += _around_attention(attention, setting)
+    total += _feed_forward(group, setting) + _shared_inputs(group, setting)
     for linear, copies in active_adapters(group, recipe):
-        total += _adapter(linear.in_features, linear.out_features, recipe, widths).times(copies)
+        total += _adapter(linear.in_features, linear.out_features, setting).times(copies)
     return total
 
 
@@ -80,35 +72,36 @@ def _crosses(group: LayerGroup) -> int:
     return 0 if group.cross_attention is None else 1
 
 
-def _norm(width: int, is_layernorm: bool, widths: Widths) -> Bytes:
+def _norm(width: int, kind: NormKind, setting: Setting) -> Bytes:
     """One normalisation. Written out (RMSNorm of transformers): to fp32, square, mean, product, back, times weight.
 
     Source: LlamaRMSNorm.forward and its autograd: fp32 kernels move 20 bytes an element forward (square 8, mean 4,
     product 8) and 68 backward (product 20, square 28, mean 8, sum 12); casts and the weight come on top.
     """
-    r = widths.r
-    if is_layernorm or widths.fused:
+    r = setting.residual_bytes
+    if norm_is_fused(kind, setting):
         return Bytes(2 * r, 3 * r).times(width)
     casts = 2 * (r + 4) if r != 4 else 0
-    weight_gradient = 3 * r if widths.trains_base else 0
+    weight_gradient = 3 * r if setting.trains_base else 0
     return Bytes(20 + casts + 2 * r, 68 + casts + 2 * r + weight_gradient).times(width)
 
 
-def _around_attention(attention: Attention, recipe: Recipe, widths: Widths) -> Bytes:
+def _around_attention(attention: Attention, setting: Setting) -> Bytes:
     """Rotary, head norms, repeated keys, and the kernel's own inputs and outputs.
 
     Source: apply_rotary_pos_emb (two products, a negated half, a concatenation, a sum: 10 elements moved per element,
     15 backward); flash attention backward reads q, k, v, o, do and writes dq (fp32), dk, dv.
     """
-    c, turned = widths.c, attention.q_size + attention.k_size
-    io = attention.q_size + attention.k_size + attention.v_size + attention.out_size
-    total = Bytes(c, 2 * c).times(io) + Bytes(0, 4 * attention.q_size)
+    c, w, turned = setting.compute_bytes, _handed_on(setting), attention.q_size + attention.k_size
+    io = turned + attention.v_size + attention.out_size
+    casts = c + w if w != c else 0
+    total = Bytes(c + casts, 2 * c + casts).times(io) + Bytes(0, 4 * attention.q_size)
     if attention.rotary:
-        total += (Bytes(2 * c, 2 * c) if widths.fused else Bytes(10 * c, 15 * c)).times(turned)
+        total += (Bytes(2 * w, 2 * w) if setting.fused_rotary else Bytes(10 * w, 15 * w)).times(turned)
     if attention.qk_norm != "none":
-        total += _norm(turned, False, widths)
-    if recipe.engine.repeats_kv and attention.num_key_value_heads < attention.num_attention_heads:
-        total += Bytes(c, c).times(attention.k_size + attention.v_size + attention.q_size + attention.out_size)
+        total += _norm(turned, "rmsnorm", setting)
+    if setting.repeats_kv and attention.num_key_value_heads < attention.num_attention_heads:
+        total += Bytes(w, w).times(io)
     return total
 
 
@@ -124,81 +117,97 @@ def count_score_bytes(attention: Attention, c: int) -> Bytes:
     return Bytes(9 * c + 8, 10 * c + 20).times(attention.num_attention_heads)
 
 
-def _feed_forward(group: LayerGroup, widths: Widths) -> Bytes:
+def _feed_forward(group: LayerGroup, setting: Setting) -> Bytes:
     mlp = group.mlp
     if not isinstance(mlp, Moe):
-        return _activation(mlp.intermediate_size, mlp.gated, mlp.hidden_act, widths)
-    total = _experts(mlp, group.hidden_size, widths)
-    return total + _activation_of(mlp.shared, widths) if mlp.shared is not None else total
+        return _activation_of(mlp, setting)
+    total = _experts(mlp, group.hidden_size, setting)
+    return total + _activation_of(mlp.shared, setting) if mlp.shared is not None else total
 
 
-def _activation_of(mlp: Mlp, widths: Widths) -> Bytes:
-    return _activation(mlp.intermediate_size, mlp.gated, mlp.hidden_act, widths)
+def _activation_of(mlp: Mlp, setting: Setting) -> Bytes:
+    return _activation(mlp.intermediate_size, mlp.gated, mlp.hidden_act, setting)
 
 
-def _activation(width: int, gated: bool, hidden_act: str, widths: Widths) -> Bytes:
+def _activation(width: int, gated: bool, hidden_act: str, setting: Setting) -> Bytes:
     """Activation, and its product with the other half where the block is gated; one kernel if fused."""
-    if gated and widths.fused:
-        return Bytes(3, 5).times(widths.c * width)
-    plain = (2.0, 3.0) if widths.fused else _PYTHON_ACTIVATIONS.get(hidden_act, (2.0, 3.0))
+    if gated and setting.fused_gate:
+        return Bytes(3, 5).times(_handed_on(setting) * width)
     gate = Bytes(3, 6) if gated else Bytes(0, 0)
-    return (Bytes(*plain) + gate).times(widths.c * width)
+    return (Bytes(*_PYTHON_ACTIVATIONS.get(hidden_act, (2, 3))) + gate).times(_handed_on(setting) * width)
 
 
-def _experts(moe: Moe, hidden_size: int, widths: Widths) -> Bytes:
+def _experts(moe: Moe, hidden_size: int, setting: Setting) -> Bytes:
     """Routing: gather tokens by expert, weigh, add back; and the experts' activations.
 
     Source: transformers integrations/moe.py: gather 2, weight product 2, sum into the stream 3 elements each.
     """
     visited = moe.num_experts_per_tok
-    moved = Bytes(7, 14).times(widths.c * hidden_size * visited) + Bytes(24, 24).times(moe.num_experts)
-    return moved + _activation(moe.intermediate_size * visited, True, moe.hidden_act, widths)
+    moved = Bytes(7, 14).times(_handed_on(setting) * hidden_size * visited) + Bytes(24, 24).times(moe.num_experts)
+    return moved + _activation(moe.intermediate_size * visited, True, moe.hidden_act, setting)
 
 
-def _input_casts(group: LayerGroup, widths: Widths) -> Bytes:
-    """Under autocast every product makes its own 16-bit copy of an fp32 input; only weights are cached."""
-    if not widths.autocast or widths.r <= widths.c:
-        return Bytes(0, 0)
-    readers = sum(len(attention.linears) - 1 for attention in attentions(group))
+def _shared_inputs(group: LayerGroup, setting: Setting) -> Bytes:
+    """Where several products read one tensor, autograd adds their gradients pair by pair; and under autocast every
+    product makes its own 16-bit copy of an fp32 input (only weights are cached), and may hand on an fp32 output."""
+    c, r, w = setting.compute_bytes, setting.residual_bytes, _handed_on(setting)
+    readers = [len(attention.linears) - 1 for attention in attentions(group)]
     if not isinstance(group.mlp, Moe):
-        readers += len(group.mlp.linears) - 1
-    return Bytes(widths.r + widths.c, 2 * widths.r + widths.c).times(group.hidden_size * readers)
+        readers.append(len(group.mlp.linears) - 1)
+    sums = Bytes(0, 3 * r).times(group.hidden_size * sum(max(0, number - 1) for number in readers))
+    after_attention = {id(attention.linears[-1]) for attention in attentions(group)}
+    after_activation = {id(linear) for linear in _last_of_feed_forward(group)}
+    cast = 0.0
+    for linear, share in active_linears(group):
+        if id(linear) in after_attention:
+            continue  # the attention kernel hands on 16 bit
+        is_wide = w > c if id(linear) in after_activation else r > c
+        cast += share * (linear.in_features * is_wide + linear.out_features * (w > c))
+    return sums + Bytes(r + c, r + c).times(cast)
 
 
-def _adapter(in_features: int, out_features: int, recipe: Recipe, widths: Widths) -> Bytes:
+def _last_of_feed_forward(group: LayerGroup) -> list[Linear]:
+    mlp = group.mlp
+    if not isinstance(mlp, Moe):
+        return [mlp.linears[-1]]
+    return [mlp.expert_linears[-1], *(mlp.shared.linears[-1:] if mlp.shared else ())]
+
+
+def _adapter(in_features: int, out_features: int, setting: Setting) -> Bytes:
     """LoRA beside one matrix: the two thin products are pure traffic, and so are its casts, scale and sum.
 
     Source: peft 0.21 tuners/lora/layer.py Linear.forward: input cast to the adapter's dtype (and back under
     autocast), dropout, down, up, scale, sum; unsloth kernels/fast_lora.py adds in place and makes no copies.
     """
-    c, lora = widths.c, recipe.lora
-    if lora is None:
-        return Bytes(0, 0)
-    if widths.layer_kernels == "unsloth":
-        return Bytes(c * (in_features + 2 * out_features), c * (3 * in_features + 2 * out_features))
-    wide = DTYPE_BYTES[lora.dtype]
-    casts = (2 if widths.autocast else 1) * (wide + c) if wide != c else 0
-    dropout = 2 * c + 1 if lora.dropout else 0
-    forward = (c + casts + dropout) * in_features + 6 * c * out_features
-    return Bytes(forward, (5 * c + casts + dropout) * in_features + 4 * c * out_features)
+    c, a, w = setting.compute_bytes, setting.adapter_bytes, _handed_on(setting)
+    if setting.fused_adapters:
+        return Bytes(w * (in_features + 2 * out_features), w * (3 * in_features + 2 * out_features))
+    casts = (2 if setting.autocast else 1) * (a + c) if a != c else 0
+    dropout = 2 * a + 1 if setting.adapter_dropout else 0
+    forward = (c + casts + dropout) * in_features + 6 * w * out_features
+    return Bytes(forward, (2 * c + 3 * w + casts + dropout) * in_features + 4 * w * out_features)
 
 
-def count_head_bytes(shape: ModelShape, recipe: Recipe, widths: Widths, loss: LossKernel) -> Bytes:
+def count_head_bytes(shape: ModelShape, recipe: Recipe, setting: Setting, loss: LossKernel) -> Bytes:
     """Return the bytes one token moves from the last layer to the loss and back.
 
-    Dense: logits written, widened, log-softmax (read, write), and each gradient once; chunked and fused kernels read
-    each chunk of 16-bit logits twice and write its gradient, a chunked one after computing it again.
+    Dense: logits written, widened, log-softmax (read, write), and each gradient once; an in-place kernel reads 16-bit
+    logits twice and writes the gradient over them. Fused kernels do that chunk by chunk in the forward pass; a chunked
+    loss reads each chunk once, and computes it again for its gradient.
 
     Source: transformers loss/loss_utils.py; trl 1.16 kernels/chunked_logprob.py; Liger fused_linear_cross_entropy.py.
     """
-    norm = _norm(shape.hidden_size, shape.final_norm == "layernorm", widths)
+    norm = _norm(shape.hidden_size, shape.final_norm, setting)
     if not shape.head:
         return norm
-    c, vocabulary = widths.c, shape.head[-1].out_features
-    if loss != "dense":
-        passes = Bytes(5 * c, c) if loss == "fused" else Bytes(3 * c, 5 * c)
-        return norm + passes.times(vocabulary)
+    c, vocabulary = setting.compute_bytes, shape.head[-1].out_features
+    if loss == "fused":
+        return norm + Bytes(5 * c, c).times(vocabulary)
+    if loss == "chunked":
+        return norm + Bytes(3 * c, 5 * c).times(vocabulary)
+    capped = 6 * c if shape.logit_softcap else 0
+    if setting.loss_in_place:
+        return norm + Bytes(3 * c + capped, 3 * c + capped).times(vocabulary)
     wide = 4 if recipe.engine.upcasts_logits else c
     extra = (c + wide if wide != c else 0) + (2 * wide if recipe.engine.copies_shifted_logits else 0)
-    capped = 6 * c if shape.logit_softcap else 0
     return norm + Bytes(c + extra + 2 * wide + capped, 2 * c + extra + 4 * wide + capped).times(vocabulary)

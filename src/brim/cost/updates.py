@@ -19,7 +19,8 @@ _LAUNCHES_PER_TENSOR = {"loop": 12, "foreach": 0.2, "fused": 0.2}
 _PAGED_FRACTION = 0.4
 """Share of the host link that paged states reach when they do not fit: every page is fetched and evicted each step.
 
-Source: te42kyfo/gpu-benches um-stream: 5.0 GB/s beyond the card's memory, where copies reach 12.35 GB/s.
+Source: te42kyfo/gpu-benches um-stream: 5.0 GB/s beyond the card's memory, where copies reach 12.35 GB/s. That is with
+page faults; bitsandbytes prefetches, which may be up to 2.5 times faster.
 """
 _NEWTON_SCHULZ_STEPS = 5
 
@@ -43,8 +44,8 @@ def _update_bytes(workload: Workload, strategy: Strategy, optimizer: Optimizer, 
 
     Source: `passes` of tables/optimizers.toml, in the dtype the update computes in where it makes copies.
     """
-    element = trained_bytes(workload.recipe)
-    least = states.gradients_bytes + 2 * (states.trained_parameters * element + states.optimizer_bytes + states.paged_bytes)
+    weights = states.trained_parameters * trained_bytes(workload.recipe)
+    least = states.gradients_bytes + 2 * (weights + states.optimizer_bytes + states.paged_bytes)
     if optimizer.temporary_bytes is not None:
         return max(float(least), optimizer.passes * optimizer.temporary_bytes * states.trained_parameters)
     return least * (1.0 if strategy.optimizer_kernel == "fused" else _UNFUSED)
@@ -65,7 +66,10 @@ def _orthogonalise_seconds(workload: Workload, optimizer: Optimizer, rates: Rate
 
 
 def _paging_seconds(workload: Workload, states: States) -> float:
-    """Paged states that do not fit beside weights and gradients cross the host link twice a step."""
+    """Paged states that do not fit beside weights and gradients cross the host link twice a step.
+
+    Leaves out: pages that activations drive out during the micro-batches.
+    """
     device = workload.cluster.device
     room = max(0, device.plannable_bytes - states.parameters_bytes - states.gradients_bytes)
     beyond = max(0, states.paged_bytes - room)

@@ -16,7 +16,7 @@ from brim.exporters.words import (
     name_surroundings,
 )
 from brim.planner.record import Plan
-from brim.tables.read import Dialect
+from brim.tables.dialects import Dialect
 
 CONFIG_NAME = "accelerate.yaml"
 
@@ -47,11 +47,14 @@ def export_accelerate(plan: Plan, dialect: Dialect) -> Export:
     outside = {**loading, "max_length": plan.workload.data.seq_len, **name_surroundings(plan, dialect.target)}
     config, launch = name_accelerate(plan, training), launch_accelerate(plan)
     optimizer_import, optimizer_call = OPTIMIZERS[training["optim"]]
+    selective = plan.strategy.activation_checkpointing == "selective"
     script = render_script("accelerate.py.j2", plan, dialect, {
         "launch": launch, "training": training, "loading": loading, "outside": outside,
         "training_class": "the loop below, named as in transformers", "adapter_dtype": adapter_dtype(plan),
         "checkpoints_here": training[dialect.checkpointing], "enable_call": f"{dialect.checkpointing}_enable",
         "checkpointing_options": dialect.checkpointing_options,
+        "early_imports": ("from contextlib import nullcontext", *(["from functools import partial"] * selective)),
+        "late_imports": ("from itertools import islice", "from math import ceil"),
         "optimizer_import": optimizer_import, "optimizer_call": optimizer_call,
     })  # fmt: skip
     return Export(

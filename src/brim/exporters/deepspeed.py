@@ -9,7 +9,7 @@ from brim.exporters.script import MASTER_PORT, SCRIPT_NAME, sample_file
 from brim.exporters.trainer import name_outside, name_training, note_loss, render_trainer
 from brim.exporters.words import Words
 from brim.planner.record import Plan
-from brim.tables.read import Dialect
+from brim.tables.dialects import Dialect
 
 CONFIG_NAME = "ds_config.json"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from brim.errors import InvalidStrategy
 from brim.planner.record import Plan
-from brim.tables.read import Dialect
+from brim.tables.dialects import Dialect
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from brim.errors import Inexpressible
 from brim.planner.record import Plan
-from brim.tables.read import Dialect
+from brim.tables.dialects import Dialect
 
 Refusal = tuple[str, str]
 """A setting and the advice."""

@@ -16,7 +16,7 @@ from brim.exporters.trainer import export_transformers
 from brim.exporters.trl import export_trl
 from brim.exporters.unsloth import export_unsloth
 from brim.planner.record import Plan
-from brim.tables.read import Dialect, find_dialect
+from brim.tables.dialects import Dialect, find_dialect
 
 EXPORTERS: Mapping[str, Callable[[Plan, Dialect], Export]] = {
     "trl": export_trl,

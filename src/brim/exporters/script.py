@@ -10,7 +10,8 @@ from typing import Any
 from brim.exporters.record import ExportFile, name_requirements
 from brim.exporters.words import ALLOCATOR_VARIABLES, cpu_loading, cpu_training
 from brim.planner.record import Plan
-from brim.tables.read import Dialect, find_card
+from brim.tables.dialects import Dialect
+from brim.tables.read import find_card
 from brim.units import format_size
 
 SCRIPT_NAME = "train.py"
@@ -165,6 +166,8 @@ def _shared_parts(plan: Plan, dialect: Dialect, words: Mapping[str, Any]) -> dic
         "cpu_loading": cpu_loading(words["loading"], dialect),
         "loads_tokenizer": True,
         "gpu_only": "",
+        "early_imports": (),
+        "late_imports": (),
     }
 
 

@@ -19,7 +19,7 @@ from brim.exporters.words import (
     name_surroundings,
 )
 from brim.planner.record import Plan
-from brim.tables.read import Dialect
+from brim.tables.dialects import Dialect
 
 
 def export_transformers(plan: Plan, dialect: Dialect) -> Export:

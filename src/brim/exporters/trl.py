@@ -19,7 +19,8 @@ from brim.exporters.words import (
     name_surroundings,
 )
 from brim.planner.record import Plan
-from brim.tables.read import Dialect, find_trainer
+from brim.tables.dialects import Dialect
+from brim.tables.read import find_trainer
 
 
 def export_trl(plan: Plan, dialect: Dialect) -> Export:
@@ -71,7 +72,7 @@ def _has_selective_adapters(plan: Plan) -> bool:
 def _name_length(plan: Plan, dialect: Dialect) -> Words:
     seq_len = None if _cuts_rows(plan) else plan.workload.data.seq_len
     words: Words = {str(dialect.length): seq_len, "packing": plan.workload.data.packing}
-    if dialect.name != "trl-0.12":
+    if dialect.length == "max_length":  # both words came with trl 0.16
         words["padding_free"] = plan.strategy.padding_free
     if plan.workload.data.packing:
         words["packing_strategy"] = "bfd"

@@ -12,7 +12,7 @@ from brim.exporters.script import launch_torchrun, render_script, sample_file
 from brim.exporters.trl import name_sft
 from brim.exporters.words import DTYPES, Words, name_loading, name_lora, name_surroundings
 from brim.planner.record import Plan
-from brim.tables.read import Dialect
+from brim.tables.dialects import Dialect
 
 
 def export_unsloth(plan: Plan, dialect: Dialect) -> Export:

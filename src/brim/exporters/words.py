@@ -22,7 +22,8 @@ from typing import Any
 from brim.errors import Inexpressible
 from brim.planner.record import Plan
 from brim.spec.recipe import Lora, Quantization
-from brim.tables.read import Dialect, find_learning_rate, find_optimizer, find_task
+from brim.tables.dialects import Dialect, find_learning_rate
+from brim.tables.read import find_optimizer, find_task
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 ATTENTION = {"eager": "eager", "sdpa": "sdpa", "flash": "flash_attention_2"}
@@ -187,6 +188,8 @@ def cpu_training(training: Mapping[str, Any], dialect: Dialect) -> Words:
     for word in ("fp16", "use_liger_kernel", "torch_compile", "activation_offloading"):
         if training.get(word):
             swaps[word] = False
+    if training.get("mixed_precision") == "fp16":
+        swaps["mixed_precision"] = "no"
     options = training.get(dialect.checkpointing_options, {})
     if options.get("offload"):
         swaps[dialect.checkpointing_options] = {word: value for word, value in options.items() if word != "offload"}

@@ -64,15 +64,15 @@ def _variant(strategy: Strategy) -> tuple[object, ...]:
 def _reject(workload: Workload, costed: Costed, best: Costed, budget_bytes: int, answerer: Answerer) -> Rejected:
     over_bytes = costed.peak_bytes - budget_bytes
     if over_bytes > 0:
-        moment = answerer.estimate(workload, costed.strategy).peak_moment
+        moment = answerer.moment(workload, costed.strategy)
         reason = f"over by {format_size(over_bytes)} at {moment}"
     else:
         reason = _why_slower(costed, best)
-    timed = costed.seconds is not None and best.seconds is not None
+    relative = None if costed.seconds is None or best.seconds is None else costed.seconds / best.seconds
     return Rejected(
         strategy=costed.strategy, over_bytes=over_bytes, reason=reason, peak_allocated_bytes=costed.peak_bytes,
-        relative_step_time=costed.seconds / best.seconds if timed else None,
-    )  # fmt: skip
+        relative_step_time=relative,
+    )
 
 
 def _why_slower(costed: Costed, best: Costed) -> str:

@@ -30,6 +30,8 @@ class Answerer:
     """The whole answer, for what is shown."""
     peak: Peak
     """Only the allocated peak, bytes; what the search asks."""
+    moment: Callable[[Workload, Strategy], str]
+    """Only the name of the moment of the peak; the whole answer takes a thousand times longer."""
     seconds: Seconds
     """Seconds of one optimizer step; None when the device's speed is unknown."""
     budget: Callable[[Workload], Budget]
@@ -59,9 +61,13 @@ def relative_cost(workload: Workload, strategy: Strategy) -> float:
 def answer_by_formula() -> Answerer:
     """Return the formula as an answerer."""
     from brim.cost.calibration import margin_fraction
-    from brim.cost.estimate import estimate, peak_bytes
+    from brim.cost.estimate import estimate, peak_bytes, profile_strategy
     from brim.cost.overhead import context_bytes
     from brim.cost.steptime import seconds
+
+    def moment(workload: Workload, strategy: Strategy) -> str:
+        tokens = strategy.micro_batch_size * (workload.model.sequence_tokens or workload.data.seq_len)
+        return max(profile_strategy(workload, strategy).rows, key=lambda row: row.total.at(tokens)).name
 
     def budget(workload: Workload) -> Budget:
         device = workload.cluster.device
@@ -70,8 +76,8 @@ def answer_by_formula() -> Answerer:
         )
 
     return Answerer(
-        source="formula", estimate=estimate, peak=peak_bytes, seconds=seconds, budget=budget, order=relative_cost,
-        order_text=ORDER_TEXT,
+        source="formula", estimate=estimate, peak=peak_bytes, moment=moment, seconds=seconds, budget=budget,
+        order=relative_cost, order_text=ORDER_TEXT,
     )  # fmt: skip
 
 
@@ -88,7 +94,8 @@ def answer_by_rule() -> Answerer:
         )  # fmt: skip
 
     return Answerer(
-        source="rule", estimate=estimate_rule, peak=rule_peak_bytes, seconds=lambda workload, strategy: None,
-        budget=budget, order=lambda workload, strategy: float(strategy.gradient_accumulation_steps),
+        source="rule", estimate=estimate_rule, peak=rule_peak_bytes, moment=lambda workload, strategy: "training",
+        seconds=lambda workload, strategy: None, budget=budget,
+        order=lambda workload, strategy: float(strategy.gradient_accumulation_steps),
         order_text="the rule of thumb knows no speed: the largest micro-batch that fits",
     )  # fmt: skip

@@ -27,14 +27,14 @@ _TOTAL = "total_bytes"
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
     """Return the plan as a JSON object; `read_plan` gives an equal plan back."""
-    document = _plain(plan)
+    document: dict[str, Any] = _plain(plan)
     document["estimate"] = describe_estimate(plan.estimate)
     return document
 
 
 def describe_estimate(estimate: Estimate) -> dict[str, Any]:
     """Return an estimate as a JSON object, with totals and speed repeated at the top for its readers."""
-    document = _plain(estimate)
+    document: dict[str, Any] = _plain(estimate)
     for row, moment in zip(document["moments"], estimate.moments, strict=True):
         row[_TOTAL] = moment.total_bytes
     time = estimate.step_time

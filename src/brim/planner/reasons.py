@@ -41,7 +41,7 @@ def _product(workload: Workload, strategy: Strategy) -> str:
 
 
 def _peak(workload: Workload, best: Costed, budget: Budget, answerer: Answerer) -> str:
-    moment = answerer.estimate(workload, best.strategy).peak_moment
+    moment = answerer.moment(workload, best.strategy)
     left = format_size(budget.budget_bytes - best.peak_bytes)
     return f"peak {format_size(best.peak_bytes)} at {moment}, {left} below the budget"
 
@@ -59,7 +59,7 @@ def _larger_micro_batch(workload: Workload, found: Found, best: Costed, answerer
     if best.strategy.gradient_accumulation_steps == 1:
         yield "the whole batch fits in one micro-batch per rank, so nothing is accumulated"
     elif larger and larger[0].peak_bytes > found.budget_bytes:
-        moment = answerer.estimate(workload, larger[0].strategy).peak_moment
+        moment = answerer.moment(workload, larger[0].strategy)
         over = format_size(larger[0].peak_bytes - found.budget_bytes)
         yield f"micro-batch {larger[0].strategy.micro_batch_size} would be over by {over} at {moment}"
     elif larger:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from brim.cost.parameters import default_targets, target_linears
 from brim.errors import InvalidInput, UnknownName
@@ -112,7 +113,8 @@ def _choose_optimizer(options: JobOptions, said: list[str]) -> tuple[Optimizer, 
     row = find_optimizer(options.optimizer or "adamw")
     wanted = (options.optimizer or "").strip().lower().replace("-", "_")
     # `adamw_torch` and `adamw_torch_fused` are one optimizer with two kernels; its own name leaves the kernel open.
-    named: list[OptimizerKernel] = [kernel for kernel, name in row.hf.items() if name == wanted and name != row.name]
+    kernels: tuple[OptimizerKernel, ...] = get_args(OptimizerKernel)
+    named = [kernel for kernel in kernels if row.hf.get(kernel) == wanted != row.name]
     if options.optimizer is None:
         said.append(f"optimizer adamw ({row.kernels[0]} kernel)")
     if named and options.optimizer_kernel not in (None, named[0]):

@@ -11,7 +11,8 @@ from brim.planner.answerer import Answerer
 from brim.planner.candidates import Fixed
 from brim.planner.recipe import build_lora, build_quantization, build_recipe
 from brim.planner.record import Relaxation
-from brim.planner.search import Found, search
+from brim.planner.search import Found, least_peak_bytes, search
+from brim.spec.device import Cluster, Device
 from brim.spec.workload import Workload
 from brim.tables.read import find_trainer, list_devices
 from brim.units import format_size
@@ -48,7 +49,7 @@ def refuse_unfit(workload: Workload, fixed: Fixed, answerer: Answerer, found: Fo
         DoesNotFit: always.
     """
     smallest = found.smallest
-    moment = answerer.estimate(workload, smallest.strategy).peak_moment
+    moment = answerer.moment(workload, smallest.strategy)
     gap_bytes = smallest.peak_bytes - found.budget_bytes
     relaxations = list_relaxations(workload, fixed, answerer)
     raise DoesNotFit(
@@ -88,8 +89,11 @@ def list_relaxations(workload: Workload, fixed: Fixed, answerer: Answerer) -> tu
     evaluated += [_evaluate(change, answerer) for change in further]
     known = [relaxation for relaxation in evaluated if relaxation is not None]
     fitting = tuple(relaxation for relaxation in known if relaxation.fits)
-    if fitting or not known:
+    if fitting:
         return fitting
+    known += [last for change in _last_resort(bases[-1], answerer) if (last := _evaluate(change, answerer))]
+    if not known or known[-1].fits:
+        return tuple(known[-1:])
     return (min(known, key=lambda relaxation: relaxation.peak_allocated_bytes),)
 
 
@@ -101,21 +105,23 @@ def _all_of(
 
 
 def _evaluate(change: _Change, answerer: Answerer) -> Relaxation | None:
-    outcome = _smallest(change.workload, change.fixed, answerer)
-    if outcome is None:
-        return None
-    peak_bytes, fits = outcome
-    return Relaxation(change=change.change, effect=change.effect, peak_allocated_bytes=peak_bytes, fits=fits)
-
-
-def _smallest(workload: Workload, fixed: Fixed, answerer: Answerer) -> tuple[int, bool] | None:
-    """Return the peak of the choice (of the smallest strategy, if none fits) and whether it fits."""
+    """Return the change with the peak of what would be chosen (of the smallest strategy, if none fits)."""
+    workload, fixed = change.workload, change.fixed
     try:
         found = search(workload, fixed, answerer, answerer.budget(workload).budget_bytes)
     except InvalidStrategy:
         return None
     shown = found.best or found.smallest
-    return shown.peak_bytes, found.best is not None
+    return Relaxation(
+        change=change.change, effect=change.effect, peak_allocated_bytes=shown.peak_bytes, fits=found.best is not None
+    )
+
+
+def _fits(workload: Workload, fixed: Fixed, answerer: Answerer) -> bool:
+    try:
+        return least_peak_bytes(workload, fixed, answerer) <= answerer.budget(workload).budget_bytes
+    except InvalidStrategy:
+        return False
 
 
 def _released(asked: _Change) -> Iterator[_Change]:
@@ -171,8 +177,7 @@ def _shorter(base: _Change, answerer: Answerer) -> Iterator[_Change]:
         return
     for length in _shorter_lengths(seq_len):
         shorter = with_seq_len(base.workload, length)
-        outcome = _smallest(shorter, base.fixed, answerer)
-        if outcome is not None and outcome[1]:
+        if _fits(shorter, base.fixed, answerer):
             yield _Change(
                 change=f"{base.change} --seq-len {length}".strip(),
                 effect=f"longer sequences are cut at {length:,} tokens instead of {seq_len:,}",
@@ -199,22 +204,32 @@ def with_seq_len(workload: Workload, seq_len: int) -> Workload:
 def _bigger_card(base: _Change, answerer: Answerer) -> Iterator[_Change]:
     """The smallest card of the table that fits, of the same vendor."""
     cluster = base.workload.cluster
-    outcome = _smallest(base.workload, base.fixed, answerer)
-    least_bytes = max(cluster.device.plannable_bytes, outcome[0] if outcome else 0)
     for device in sorted(list_devices(), key=lambda device: device.capacity_bytes):
-        if device.capacity_bytes <= least_bytes or device.vendor != cluster.device.vendor:
+        if device.capacity_bytes <= cluster.device.plannable_bytes or device.vendor != cluster.device.vendor:
             continue
         moved = replace(base.workload, cluster=replace(cluster, device=device))
-        outcome = _smallest(moved, base.fixed, answerer)
-        if outcome is not None and outcome[1]:
-            count = f":{cluster.devices_per_node}" if cluster.devices_per_node > 1 else ""
+        if _fits(moved, base.fixed, answerer):
             yield _Change(
-                change=f"{base.change} --gpu {device.name}{count}".strip(),
+                change=f"{base.change} --gpu {_gpu_words(device, cluster)}".strip(),
                 effect=f"the smallest {device.vendor.upper()} card of the table that fits, "
                 f"{format_size(device.capacity_bytes)}",
                 workload=moved, fixed=base.fixed,
             )  # fmt: skip
             return
+
+
+def _last_resort(base: _Change, answerer: Answerer) -> Iterator[_Change]:
+    """The largest card of the same vendor, with the longest rounded length that fits it."""
+    cluster = base.workload.cluster
+    cards = [device for device in list_devices() if device.vendor == cluster.device.vendor]
+    largest = max(cards, key=lambda device: device.capacity_bytes)
+    moved = replace(base.workload, cluster=replace(cluster, device=largest))
+    change = f"{base.change} --gpu {_gpu_words(largest, cluster)}".strip()
+    yield from _shorter(replace(base, change=change, workload=moved), answerer)
+
+
+def _gpu_words(device: Device, cluster: Cluster) -> str:
+    return device.name + (f":{cluster.devices_per_node}" if cluster.devices_per_node > 1 else "")
 
 
 def _without(fixed: Fixed, *names: str) -> Fixed:

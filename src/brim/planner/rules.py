@@ -11,6 +11,7 @@ from brim.planner.batch import ranks_text
 from brim.spec.device import Device
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
+from brim.tables.dialects import list_dialects
 from brim.tables.read import Trainer, find_optimizer, find_trainer
 
 Rule = Callable[[Workload, Strategy], str | None]
@@ -27,8 +28,6 @@ BF16_CAPABILITY = (8, 0)
 """Native bf16 products. Source: CUDA C++ programming guide, table of compute capabilities."""
 INT8_CAPABILITY = (7, 5)
 """int8 tensor cores, which LLM.int8 needs. Source: bitsandbytes README, hardware table."""
-SELECTIVE_TRAINERS = frozenset({"accelerate", "plain"})
-"""Loops that can hand torch a context function; it is code, so a field of TrainingArguments cannot hold it."""
 
 
 def broken_rule(workload: Workload, strategy: Strategy) -> str | None:
@@ -114,11 +113,14 @@ def default_attention(workload: Workload) -> str:
     return "eager" if workload.model.model_type in WITHOUT_SDPA else "sdpa"
 
 
-def selective_checkpointing(workload: Workload, strategy: Strategy) -> str | None:
-    """Selective checkpointing is a function handed to torch; only loops written out can do that."""
-    if strategy.activation_checkpointing != "selective" or _trainer(workload).name in SELECTIVE_TRAINERS:
+def checkpointing_words(workload: Workload, strategy: Strategy) -> str | None:
+    """The trainer's newest release has a setting for the kind of checkpointing."""
+    trainer = _trainer(workload).name
+    kinds = next((dialect.checkpointing_kinds for dialect in list_dialects() if dialect.target == trainer), None)
+    kind = strategy.activation_checkpointing
+    if kinds is None or kind in kinds:
         return None
-    return f"{_trainer(workload).name} has no setting for selective checkpointing; use full or none"
+    return f"{trainer} has no setting for {kind} checkpointing; use {' or '.join(reversed(kinds))}"
 
 
 def loss_kernel(workload: Workload, strategy: Strategy) -> str | None:
@@ -153,12 +155,18 @@ def activation_offload(workload: Workload, strategy: Strategy) -> str | None:
         return f"{_trainer(workload).name} does not keep activations in host memory"
     if strategy.activation_checkpointing != "full":
         return "activation offload moves the inputs of checkpointed layers; it needs full checkpointing"
-    return None
+    return _offload_too_short(workload)
+
+
+def _offload_too_short(workload: Workload) -> str | None:
+    trainer, tokens = _trainer(workload).name, workload.data.seq_len
+    least = next((row.activation_offload_min_tokens for row in list_dialects() if row.target == trainer), 0)
+    return f"{trainer} offloads activations from {least} tokens on, not at {tokens}" if tokens < least else None
 
 
 RULES: tuple[Rule, ...] = (
     whole_batch, mesh_spans_devices, only_replicas, bf16_card, int8_card, flash_attention, sdpa_attention,
-    selective_checkpointing, loss_kernel, layer_kernels, optimizer_kernel, activation_offload,
+    checkpointing_words, loss_kernel, layer_kernels, optimizer_kernel, activation_offload,
 )  # fmt: skip
 
 

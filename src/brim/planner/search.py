@@ -85,6 +85,20 @@ def search(workload: Workload, fixed: Fixed, answerer: Answerer, budget_bytes: i
     return Found(best=choose(fitting), fitting=tuple(fitting), over=tuple(over), budget_bytes=budget_bytes)
 
 
+def least_peak_bytes(workload: Workload, fixed: Fixed, answerer: Answerer) -> int:
+    """Return the lowest peak of any candidate, bytes: the question of `search`, without asking for the fastest.
+
+    It lies at the smallest micro-batch or at accumulation 1, see `search`.
+
+    Raises:
+        InvalidStrategy: rules forbid every candidate.
+    """
+    splits = list_splits(workload, fixed)
+    ends = {splits[0], splits[-1]}
+    variants = list_variants(workload, fixed)
+    return min(answerer.peak(workload, variant.at(*split)) for variant in variants for split in ends)
+
+
 def _cost(workload: Workload, strategy: Strategy, peak_bytes: int, answerer: Answerer) -> Costed:
     seconds = answerer.seconds(workload, strategy)
     cost = answerer.order(workload, strategy) if seconds is None else seconds

@@ -95,6 +95,17 @@ def _optimizer_state(facts: _Facts) -> Iterator[PlanWarning]:
     )
 
 
+def _fragmentation(facts: _Facts) -> Iterator[PlanWarning]:
+    plannable = facts.workload.cluster.device.plannable_bytes
+    if facts.estimate.device_bytes > plannable:
+        yield PlanWarning(
+            code="fragmentation",
+            text=f"the allocator may hold {format_size(facts.estimate.peak_reserved_bytes)} and the process "
+            f"{format_size(facts.estimate.device_bytes)} of {format_size(plannable)}: set "
+            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True against fragmentation",
+        )
+
+
 def _pure_bf16(facts: _Facts) -> Iterator[PlanWarning]:
     recipe = facts.workload.recipe
     if recipe.method == "full" and recipe.weight_dtype == "bf16" and not recipe.master_weights:
@@ -152,6 +163,6 @@ def _packed_steps(facts: _Facts) -> Iterator[PlanWarning]:
 
 
 _WARNINGS: tuple[Callable[[_Facts], Iterator[PlanWarning]], ...] = (
-    _batch_range, _few_steps, _positions, _pure_bf16, _optimizer_state, _experts_unquantised, _loss_scaling,
-    _padding, _packed_steps,
+    _batch_range, _few_steps, _positions, _fragmentation, _pure_bf16, _optimizer_state, _experts_unquantised,
+    _loss_scaling, _padding, _packed_steps,
 )  # fmt: skip

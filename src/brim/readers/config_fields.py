@@ -165,9 +165,9 @@ class ConfigFields:
         return self.number(key, at_least=at_least, at_most=LARGEST_NUM_LAYERS)
 
     def num_labels(self) -> int:
-        """Return the classes of a classification head: entries of `id2label`, else `num_labels`, else 2."""
+        """Return the classes of a classification head: `num_labels`, else entries of `id2label`, else the default."""
         labels = self.values.get("id2label")
-        if labels is None:
+        if labels is None or self.has("num_labels"):
             return self.number("num_labels", at_most=LARGEST_NUM_LABELS)
         if not isinstance(labels, Mapping):
             self.refuse("id2label", f"must be an object, not {describe(labels)}")

@@ -122,7 +122,8 @@ DECODERS: dict[str, DecoderFacts] = {
     "gpt2": DecoderFacts(
         prefixes=("GPT2",), norm="layernorm", square=True, width="n_inner", query_bias=True, output_bias=True,
         projections=("c_attn", "c_proj"), rotary=False, mlp=("c_fc", "c_proj"), mlp_bias=True,
-        activation="activation_function", embedding="wte", positions=("wpe", 0), language_head="LMHeadModel", token_head="classifier",
+        activation="activation_function", embedding="wte", positions=("wpe", 0), language_head="LMHeadModel",
+        token_head="classifier",
         aliases={
             "n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
             "n_positions": "max_position_embeddings",

@@ -60,7 +60,7 @@ def read_gemma3(fields: ConfigFields) -> ModelShape:
         stem=(patch_embedding(vision, "patch_embedding"), projector),
         final_norm=facts.norm,
         other_parameters=stack.other_parameters + 2 * vision_width + vision_width,
-        logit_softcap=text.get("final_logit_softcapping") is not None,
+        logit_softcap=text.get("final_logit_softcapping") is not None and head.vocab_size > 0,
         native_dtype=fields.native_dtype(text),
     )
 

@@ -74,7 +74,7 @@ def read_gemma4_text(fields: ConfigFields) -> ModelShape:
         stem=stack.stem,
         final_norm="rmsnorm",
         other_parameters=stack.other_parameters,
-        logit_softcap=fields.get("final_logit_softcapping") is not None,
+        logit_softcap=fields.get("final_logit_softcapping") is not None and head.vocab_size > 0,
         native_dtype=fields.native_dtype(),
     )
 

@@ -56,7 +56,7 @@ def read_gemma4(fields: ConfigFields) -> ModelShape:
         stem=(*(linear for tower in towers for linear in tower.stem), *stack.stem),
         final_norm="rmsnorm",
         other_parameters=stack.other_parameters + sum(tower.other_parameters for tower in towers),
-        logit_softcap=text.get("final_logit_softcapping") is not None,
+        logit_softcap=text.get("final_logit_softcapping") is not None and head.vocab_size > 0,
         native_dtype=fields.native_dtype(text),
     )
 

@@ -11,7 +11,7 @@ from brim.spec.model import LayerGroup, Linear, ModelShape
 
 _DEFAULTS = {
     "intermediate_size": 3072, "hidden_act": "gelu", "image_size": 224, "patch_size": 16, "num_channels": 3,
-    "qkv_bias": True, "pooler_output_size": None, "num_labels": 2,
+    "qkv_bias": True, "pooler_output_size": None, "num_labels": 2, "head_dim": None,
 }  # fmt: skip
 _NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -25,6 +25,7 @@ def read_vit(fields: ConfigFields) -> ModelShape:
     Source: transformers `models/vit/modeling_vit.py`.
     """
     fields = replace(fields, defaults=_DEFAULTS)
+    head_dim = fields.optional_number("head_dim")
     architecture = read_architecture(fields, "ViTForImageClassification")
     hidden_size = fields.number("hidden_size")
     head = _head(fields, class_suffix(fields, architecture, ("ViT",)), hidden_size)
@@ -38,7 +39,7 @@ def read_vit(fields: ConfigFields) -> ModelShape:
         max_position_embeddings=num_tokens,
         tie_word_embeddings=False,
         embeddings=(),
-        groups=(vision_layers(fields, _NAMES, query_bias=fields.flag("qkv_bias")),),
+        groups=(vision_layers(fields, _NAMES, query_bias=fields.flag("qkv_bias"), head_dim=head_dim),),
         head=head.linears,
         stem=(patch_embedding(fields, "projection"),),
         final_norm="layernorm",
@@ -73,8 +74,10 @@ def patch_embedding(fields: ConfigFields, name: str) -> Linear:
     )
 
 
-def vision_layers(fields: ConfigFields, names: tuple[str, ...], *, query_bias: bool) -> LayerGroup:
-    """Return the pre-norm layers of a vision tower."""
+def vision_layers(
+    fields: ConfigFields, names: tuple[str, ...], *, query_bias: bool, head_dim: int | None = None
+) -> LayerGroup:
+    """Return the pre-norm layers of a vision tower; `head_dim` None means that heads tile the hidden width."""
     hidden_size, num_heads = fields.number("hidden_size"), fields.number("num_attention_heads")
     return LayerGroup(
         count=fields.num_layers(),
@@ -82,7 +85,7 @@ def vision_layers(fields: ConfigFields, names: tuple[str, ...], *, query_bias: b
             names=names,
             hidden_size=hidden_size,
             num_heads=num_heads,
-            head_dim=even_head_dim(fields, hidden_size, num_heads),
+            head_dim=head_dim or even_head_dim(fields, hidden_size, num_heads),
             bias=query_bias,
             output_bias=True,
         ),

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from brim.exporters.record import Export
 from brim.report.commands import Commands
+from brim.report.memory import make_grid
 from brim.report.plan import format_list, format_section
 
 
 def format_export(export: Export, *, next_commands: Sequence[str] = ()) -> Group:
     """Return the settings of an export, its files and notes, and what to type next."""
-    settings = Table.grid(padding=(0, 2, 0, 0))
+    settings = make_grid(2)
     for name, value in export.settings.items():
         settings.add_row(name, Text(str(value)))
     return Group(

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from brim.report.memory import make_table
+from brim.report.memory import make_grid, make_table
 from brim.report.numbers import format_count, format_gib, format_parameters, format_scaled
 from brim.spec.device import Device
 from brim.tables.read import Card, Optimizer, Size, Task
@@ -16,14 +16,14 @@ from brim.tables.read import Card, Optimizer, Size, Task
 
 def format_devices(devices: Iterable[Device]) -> Group:
     """Return GPUs: memory, bandwidth and rates."""
-    heads = ("GiB", "GB/s", "bf16 TFLOP/s", "fp16 TFLOP/s", "capability")
-    table = make_table("gpu", *heads, "link", right=heads, whole=("gpu",))
+    heads = ("GiB", "GB/s", "bf16", "fp16", "capability")
+    table = make_table("gpu", *heads, right=heads, whole=("gpu",))
     for row in devices:
         capability = ".".join(str(part) for part in row.compute_capability) if row.compute_capability else "-"
         rates = (format_scaled(row.bf16_flops_per_second, 1e12), format_scaled(row.fp16_flops_per_second, 1e12))
         bandwidth = format_scaled(row.memory_bytes_per_second, 1e9)
-        table.add_row(row.name, format_gib(row.capacity_bytes), bandwidth, *rates, capability, row.link or "-")
-    return _with_count(table, "GPU", "GiB: what one process can get; rates: dense, data sheet; also --gpu 24GiB")
+        table.add_row(row.name, format_gib(row.capacity_bytes), bandwidth, *rates, capability)
+    return _with_count(table, "GPU", "GiB: what one process can get; bf16, fp16: dense TFLOP/s; also --gpu 24GiB")
 
 
 def format_models(cards: Iterable[Card], sizes: Iterable[Size] = ()) -> Group:
@@ -31,11 +31,11 @@ def format_models(cards: Iterable[Card], sizes: Iterable[Size] = ()) -> Group:
     named: dict[str, list[str]] = {}
     for size in sizes:
         named.setdefault(size.card, []).append(size.name)
-    table = make_table("model", "parameters", "type", "also", right=("parameters",), whole=("model",))
+    table = make_table("model", "parameters", "also", right=("parameters",), whole=("model",))
     for card in cards:
         obvious = card.id.rpartition("/")[2].lower()
         also = ", ".join((*named.get(card.id, ()), *(name for name in card.aliases if name.lower() != obvious)))
-        table.add_row(card.id, format_parameters(card.params), str(card.config.get("model_type", "-")), also)
+        table.add_row(card.id, format_parameters(card.params), also)
     return _with_count(table, "model card", "any other model: a hub id, a folder or a config.json")
 
 
@@ -73,7 +73,7 @@ def _with_count(table: Table, noun: str, note: str) -> Group:
 
 def format_facts(facts: Mapping[str, str]) -> Table:
     """Return names and values, two columns."""
-    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid = make_grid(2)
     for name, value in facts.items():
         grid.add_row(name, Text(value))
     return grid

@@ -62,8 +62,16 @@ def make_table(*columns: str, right: Sequence[str] = (), whole: Sequence[str] = 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
         fixed = column in right or column in whole
-        table.add_column(column, justify="right" if column in right else "left", no_wrap=fixed)
+        table.add_column(column, justify="right" if column in right else "left", no_wrap=fixed, overflow="fold")
     return table
+
+
+def make_grid(num_columns: int, gap: int = 2) -> Table:
+    """Return an empty table without heads, for words on the left and what they say on the right."""
+    grid = Table.grid(padding=(0, gap, 0, 0))
+    for _ in range(num_columns):
+        grid.add_column(overflow="fold")
+    return grid
 
 
 def find_peak(estimate: Estimate) -> Moment | None:

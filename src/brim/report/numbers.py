@@ -50,6 +50,6 @@ def format_scaled(number: float | None, factor: float) -> str:
 def format_parameters(number: int) -> str:
     """Return a parameter count the way models are named: 8.03B, 124M."""
     for factor, letter in _SCALES:
-        if number >= factor:
+        if number >= 0.9995 * factor:  # 999.9M reads 1B
             return f"{format_rounded(number / factor)}{letter}"
     return str(number)

@@ -13,7 +13,7 @@ from rich.text import Text
 from brim.cost.ledger import Estimate
 from brim.planner.record import Plan, Rejected
 from brim.report.commands import Commands
-from brim.report.memory import Bar, format_ledger, make_table
+from brim.report.memory import Bar, format_ledger, make_grid, make_table
 from brim.report.numbers import format_count, format_gib, format_rounded, format_seconds, format_share
 from brim.report.words import describe_batch, describe_knobs, describe_strategy, describe_workload, list_varied
 from brim.units import format_size
@@ -55,7 +55,7 @@ def format_section(title: str, body: RenderableType | None, style: str = "bold")
 
 def format_list(lines: Iterable[str]) -> Table | None:
     """Return a bullet list whose long lines hang; None if there are none."""
-    grid = Table.grid(padding=(0, 1, 0, 0))
+    grid = make_grid(2, gap=1)
     for line in lines:
         grid.add_row("-", Text(line))
     return grid if grid.row_count else None
@@ -86,7 +86,7 @@ def describe_margin(estimate: Estimate) -> str:
 
 def format_figures(plan: Plan) -> Table:
     """Return job, strategy, memory and speed, one block each."""
-    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid = make_grid(2)
     grid.add_row("job", Text(describe_workload(plan.workload)))
     grid.add_row("strategy", Text(describe_knobs(plan.strategy)))
     grid.add_row("memory", _draw_memory(plan))
@@ -102,7 +102,7 @@ def _draw_memory(plan: Plan) -> Table:
     estimate, capacity_bytes = plan.estimate, plan.capacity_bytes
     used_bytes = estimate.device_bytes
     parts = (estimate.peak_allocated_bytes, used_bytes - estimate.peak_allocated_bytes)
-    grid = Table.grid(padding=(0, 1, 0, 0))
+    grid = make_grid(2, gap=1)
     words = f"{format_gib(used_bytes)} of {format_size(capacity_bytes)} ({format_share(used_bytes, capacity_bytes)})"
     grid.add_row(Bar(parts, capacity_bytes, mark=plan.budget_bytes), Text(words, style="bold"))
     return grid

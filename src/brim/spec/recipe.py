@@ -45,6 +45,8 @@ class Quantization:
     """bitsandbytes: the scales are quantised once more."""
     block_size: int = 64
     """Weights that share a scale (bitsandbytes 64, GPTQ usually 128)."""
+    keeps_inputs: bool = False
+    """Whether every quantised product keeps its input for backward (bitsandbytes before 0.44)."""
     upcast_rest: bool = False
     """Whether 16-bit parameters are cast to fp32 (PEFT's `prepare_model_for_kbit_training`)."""
 

@@ -1,0 +1,106 @@
+#!/usr/bin/env python3
+"""Predict published memory measurements, and write how far off brim is.
+
+    python benchmarks/accuracy.py TRUTH.jsonl --by formula --out PREDICTIONS.jsonl
+    python benchmarks/accuracy.py benchmarks/truth/memory.jsonl --report
+
+The predictor is handed each row without its id, group, weight, measurement, source and notes. `--report` scores the
+formula, the rule of thumb and a states-only baseline, and writes docs/accuracy.md and src/brim/tables/accuracy.toml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from report_accuracy import write_report
+from rows import HIDDEN_FROM_PREDICTOR, read_row
+
+from brim.cost.estimate import estimate
+from brim.cost.overhead import context_bytes
+from brim.cost.rule import estimate_rule
+from brim.cost.states import count_states
+from brim.errors import BrimError
+from brim.spec.strategy import Strategy
+from brim.spec.workload import Workload
+
+Row = dict[str, Any]
+Answer = dict[str, int]
+
+
+def _by_formula(workload: Workload, strategy: Strategy) -> Answer:
+    answer = estimate(workload, strategy)
+    return {
+        "peak_allocated_bytes": answer.peak_allocated_bytes,
+        "peak_reserved_bytes": answer.peak_reserved_bytes,
+        "baseline_reserved_bytes": 2 * 2**20,
+        "device_bytes": answer.device_bytes,
+    }
+
+
+def _by_rule(workload: Workload, strategy: Strategy) -> Answer:
+    peak = estimate_rule(workload, strategy).peak_allocated_bytes
+    return {"peak_allocated_bytes": peak, "peak_reserved_bytes": peak, "device_bytes": peak}
+
+
+def _by_states(workload: Workload, strategy: Strategy) -> Answer:
+    states = count_states(workload.model, workload.recipe)
+    total = states.parameters_bytes + states.gradients_bytes + states.optimizer_bytes
+    device = total + context_bytes(workload.cluster.device)
+    return {"peak_allocated_bytes": total, "peak_reserved_bytes": total, "device_bytes": device}
+
+
+ANSWERERS: dict[str, Callable[[Workload, Strategy], Answer]] = {
+    "formula": _by_formula,
+    "rule": _by_rule,
+    "states": _by_states,
+}
+
+
+def predict(row: Row, by: str) -> Answer | dict[str, str]:
+    """Return the predicted bytes of one row, or why there are none. Sees no field that identifies the row."""
+    question = {key: value for key, value in row.items() if key not in HIDDEN_FROM_PREDICTOR}
+    try:
+        return ANSWERERS[by](*read_row(question))
+    except BrimError as error:
+        return {"unsupported": str(error)}
+
+
+def predict_all(rows: Iterable[Row], by: str) -> list[Row]:
+    """Return one prediction a row, in order."""
+    return [{"id": row["id"], **predict(row, by)} for row in rows]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a truth file, in order."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def main() -> int:
+    """Run the command line and return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("truth", type=Path, metavar="TRUTH.jsonl")
+    parser.add_argument("--by", choices=sorted(ANSWERERS), default="formula")
+    parser.add_argument("--out", type=Path, metavar="PREDICTIONS.jsonl")
+    parser.add_argument("--report", action="store_true", help="write docs/accuracy.md and tables/accuracy.toml")
+    options = parser.parse_args()
+    rows = read_rows(options.truth)
+    if options.report:
+        write_report(rows, {by: predict_all(rows, by) for by in ANSWERERS})
+        return 0
+    lines = "".join(json.dumps(prediction) + "\n" for prediction in predict_all(rows, options.by))
+    if options.out:
+        options.out.write_text(lines, encoding="utf-8")
+    else:
+        sys.stdout.write(lines)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""What `import brim` promises. A name is added here on purpose, and never taken away once released."""
+
+from __future__ import annotations
+
+import brim
+
+PUBLIC = {
+    "BrimError", "DoesNotFit", "Estimate", "Export", "ModelShape", "Plan", "Strategy", "Workload", "__version__",
+    "estimate", "export", "load_plan", "plan", "read_model", "save_plan", "schema",
+}  # fmt: skip
+
+
+def test_public_names_are_frozen() -> None:
+    assert set(brim.__all__) == PUBLIC
+    assert list(brim.__all__) == sorted(brim.__all__)
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    for name in brim.__all__:
+        value = getattr(brim, name)
+        assert isinstance(value, str) or value.__doc__, name
+    assert set(brim.__all__) <= set(dir(brim))
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    assert not hasattr(brim, "no_such_name")
