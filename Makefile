@@ -1,0 +1,44 @@
+# make plan    one real job, end to end, on a fresh machine (no torch)
+# make setup   the development install that everything else builds on
+# make test    every test
+.POSIX:
+.PHONY: plan setup test slow lint bench accuracy schema clean
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?= meta-llama/Llama-3.1-8B --method qlora --gpu rtx-4090 --task instruction-tuning --trainer trl
+
+plan: $(VENV)/.brim
+	$(BIN)/brim plan $(ARGS) --out plan.json --export trl
+
+setup: $(VENV)/.dev
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2
+
+slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+
+accuracy: $(VENV)/.dev
+	$(BIN)/python benchmarks/accuracy.py benchmarks/truth/memory.jsonl --report
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/speed.py --out benchmarks/results/speed.md
+
+clean:
+	rm -rf $(VENV) build dist plan.json
+
+# Each stamp is younger than what it was made from, so that rerunning is quick.
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.brim: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints-test.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints-test.txt
+	touch $@ $(VENV)/.brim
