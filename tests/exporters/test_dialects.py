@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ FIELDS = json.loads((Path(__file__).parent / "fields.json").read_text(encoding="
 def knobs_for(row) -> dict:
     liger = {"layer_kernels": "liger"} if "liger" in row.layer_kernels else {}
     offload = {"activation_offload": True} if row.activation_offload else {}
-    compiled = {"compile": row.compile}
-    return {"activation_checkpointing": "full", "loss_kernel": list(row.loss_kernels)[-1], **liger, **offload, **compiled}
+    loss = list(row.loss_kernels)[-1]
+    return {"activation_checkpointing": "full", "loss_kernel": loss, "compile": row.compile, **liger, **offload}
 
 
 @pytest.mark.parametrize("version", FIELDS["transformers"])
@@ -65,7 +66,7 @@ def test_dialects_of_a_target_do_not_overlap() -> None:
     for target in {row.target for row in list_dialects()}:
         rows = [row for row in list_dialects() if row.target == target]
         assert rows[0].until is None
-        for newer, older in zip(rows, rows[1:], strict=False):
+        for newer, older in pairwise(rows):
             assert older.until is not None
             assert find_dialect(target, older.since) == older
             assert tuple(map(int, older.until.split("."))) <= tuple(map(int, newer.since.split(".")))

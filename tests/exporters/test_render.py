@@ -42,7 +42,6 @@ def test_script_compiles_and_names_the_batch(target: str, method: str) -> None:
     assert "WORLD_SIZE 2" in text and "17.00 GiB" in text
     assert "per_device_train_batch_size=4" in text and "gradient_accumulation_steps=8" in text
     assert export.settings["per_device_train_batch_size"] * export.settings["gradient_accumulation_steps"] * 2 == 64
-    assert "auto" not in text.replace("Automatic", "").replace("AutoModel", "").replace("AutoTokenizer", "")
 
 
 @pytest.mark.parametrize("row", DIALECTS)
@@ -110,7 +109,7 @@ def test_old_and_new_words() -> None:
 @pytest.mark.parametrize(
     ("target", "knobs", "said"),
     [
-        ("transformers", {"activation_checkpointing": "selective"}, "selective activation checkpointing; use none or full"),
+        ("transformers", {"activation_checkpointing": "selective"}, "activation checkpointing; use none or full"),
         ("transformers", {"loss_kernel": "chunked"}, "plan again with --trainer transformers"),
         ("trl", {"loss_kernel": "dense"}, "it has chunked: plan again with --trainer trl"),
         ("trl", {"zero_stage": 2}, "export to deepspeed"),
@@ -144,7 +143,7 @@ def test_encoders_are_refused() -> None:
 def test_unknown_target_and_version() -> None:
     with pytest.raises(UnknownName, match="did you mean trl"):
         export_plan(make_plan(), "tlr")
-    with pytest.raises(UnknownName, match="known: trl>=1.15"):
+    with pytest.raises(UnknownName, match=r"known: trl>=1\.15"):
         export_plan(make_plan(), "trl", version="0.1")
     with pytest.raises(UnknownName, match="known: "):
         export_plan(make_plan(), "trl", version="newest")
@@ -255,6 +254,6 @@ def test_nothing_is_left_when_writing_fails(tmp_path: Path) -> None:
 
 
 def test_exporters_load_no_framework() -> None:
-    code = "import sys, brim.exporters; print([n for n in ('torch', 'transformers', 'trl', 'jinja2') if n in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=True)
-    assert done.stdout.strip() == "[]"
+    code = "import sys, brim.exporters; print({'torch', 'transformers', 'trl', 'jinja2', 'yaml'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}, check=True)
+    assert done.stdout.strip() == "set()"

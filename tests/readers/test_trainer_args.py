@@ -92,7 +92,7 @@ def test_accelerate_yaml_tells_the_ranks() -> None:
         ({"fsdp": "full_shard"}, "fsdp is not read yet"),
         ({"deepspeed": "ds.json"}, "is a file name"),
         ({"attn_implementation": "flex_attention"}, "is not planned"),
-        ({"activation_checkpointing": True, "activation_checkpointing_kwargs": {"every_n_layers": 2}}, "every_n_layers"),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"every_n_layers": 2}}, "every_n_layers"),
         ({"deepspeed": {"train_batch_size": 10, "train_micro_batch_size_per_gpu": 4}}, "not a multiple"),
         (
             {"per_device_train_batch_size": 2, "deepspeed": {"train_micro_batch_size_per_gpu": 4}},
@@ -122,12 +122,12 @@ WORDS = sorted(
     }
 )  # fmt: skip
 SCALARS = st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | st.text(max_size=6)
-VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(WORDS), inner))
+NAMES = st.sampled_from(WORDS)
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(NAMES, inner))
+TARGETS = sorted({row.target for row in list_dialects()})
 
 
-@given(
-    words=st.dictionaries(st.sampled_from(WORDS), VALUES), target=st.sampled_from([row.target for row in list_dialects()])
-)
+@given(words=st.dictionaries(NAMES, VALUES), target=st.sampled_from(TARGETS))
 def test_any_mapping_is_read_or_refused_in_one_line(words: dict, target: str) -> None:
     try:
         strategy = read_trainer_args(words, target=target)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import typer
 
 from brim.cli.command import HELP_SETTINGS, make_command
 from brim.cli.options import read_words
+from brim.cli.output import writing
 from brim.errors import BrimError, InvalidInput, UnknownName
 
 INTERRUPTED = 130
@@ -72,17 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        code = _run(words)
-        sys.stdout.flush()
-        return code
+        return _run(words)
     except BrimError as error:
         from brim.cli.refuse import print_error
 
         return print_error(error, as_json="--json" in words)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough; Python must not flush again at exit
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except Exception as error:
@@ -98,7 +92,9 @@ def _run(words: list[str]) -> int:
             # Straight to the verb: the parser of the group costs a tenth of a second, and would only find the name.
             code = make_command(first)(args=read_words(rest), prog_name=f"brim {first}", standalone_mode=False)
         else:
-            code = app(args=[first, *rest], prog_name="brim", standalone_mode=False)
+            with writing():
+                code = app(args=[first, *rest], prog_name="brim", standalone_mode=False)
+                sys.stdout.flush()
     except _UsageError as error:
         raise InvalidInput(_describe_usage(error)) from None
     return code if isinstance(code, int) else 0

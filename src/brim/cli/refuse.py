@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
+from brim.cli.output import print_json, print_report
 from brim.errors import BrimError, DoesNotFit
 
 
@@ -15,11 +16,9 @@ def print_error(error: BrimError, *, as_json: bool) -> int:
     if as_json:
         return _print_json(type(error).__name__, str(error), _list_facts(error), error.exit_code)
     if isinstance(error, DoesNotFit):
-        from brim.cli.output import print_report
         from brim.report.refusal import format_does_not_fit
 
         print_report(format_does_not_fit(error))
-        sys.stdout.flush()
     print(f"error: {_one_line(error)}", file=sys.stderr)
     return error.exit_code
 
@@ -48,7 +47,5 @@ def _list_facts(error: BrimError) -> dict[str, Any]:
 
 
 def _print_json(kind: str, message: str, facts: dict[str, Any], code: int) -> int:
-    from brim.cli.output import print_json
-
     print_json({"error": {**facts, "type": kind, "message": message}})
     return code

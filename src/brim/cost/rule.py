@@ -131,7 +131,7 @@ def _sequence_gb(billions: float, bits: int, card: float) -> float:
     constants, row = read_rule_constants(), find_row(billions, bits, card)
     if row is None:
         ratio = billions / constants.activation_billions_16bit
-        return constants.activation_gb_16bit * ratio ** constants.activation_exponent_16bit
+        return float(constants.activation_gb_16bit * ratio**constants.activation_exponent_16bit)
     base_gb = model_bytes(row.billions, bits) / GB + constants.buffer_gb
     # A size that is said a little differently (6.7B, 8B) takes proportionally more or less.
     return constants.used_fraction * (row.card_gb - base_gb) / row.micro_batch[1] * billions / row.billions

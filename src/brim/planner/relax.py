@@ -35,6 +35,13 @@ class _Change:
     workload: Workload
     fixed: Fixed
 
+    def and_then(self, flag: str, effect: str, workload: Workload) -> _Change:
+        """Return this change with a second one on top."""
+        return _Change(
+            change=f"{self.change} {flag}".strip(), effect="; ".join(text for text in (self.effect, effect) if text),
+            workload=workload, fixed=self.fixed,
+        )  # fmt: skip
+
 
 def refuse_unfit(workload: Workload, fixed: Fixed, answerer: Answerer, found: Found) -> NoReturn:
     """Raise DoesNotFit with the verdict in one line, and every way out that was found.
@@ -178,11 +185,8 @@ def _shorter(base: _Change, answerer: Answerer) -> Iterator[_Change]:
     for length in _shorter_lengths(seq_len):
         shorter = with_seq_len(base.workload, length)
         if _fits(shorter, base.fixed, answerer):
-            yield _Change(
-                change=f"{base.change} --seq-len {length}".strip(),
-                effect=f"longer sequences are cut at {length:,} tokens instead of {seq_len:,}",
-                workload=shorter, fixed=base.fixed,
-            )  # fmt: skip
+            effect = f"longer sequences are cut at {length:,} tokens instead of {seq_len:,}"
+            yield base.and_then(f"--seq-len {length}", effect, shorter)
             return
 
 
@@ -209,12 +213,9 @@ def _bigger_card(base: _Change, answerer: Answerer) -> Iterator[_Change]:
             continue
         moved = replace(base.workload, cluster=replace(cluster, device=device))
         if _fits(moved, base.fixed, answerer):
-            yield _Change(
-                change=f"{base.change} --gpu {_gpu_words(device, cluster)}".strip(),
-                effect=f"the smallest {device.vendor.upper()} card of the table that fits, "
-                f"{format_size(device.capacity_bytes)}",
-                workload=moved, fixed=base.fixed,
-            )  # fmt: skip
+            size = format_size(device.capacity_bytes)
+            effect = f"the smallest {device.vendor.upper()} card of the table that fits, {size}"
+            yield base.and_then(f"--gpu {_gpu_words(device, cluster)}", effect, moved)
             return
 
 
@@ -224,8 +225,8 @@ def _last_resort(base: _Change, answerer: Answerer) -> Iterator[_Change]:
     cards = [device for device in list_devices() if device.vendor == cluster.device.vendor]
     largest = max(cards, key=lambda device: device.capacity_bytes)
     moved = replace(base.workload, cluster=replace(cluster, device=largest))
-    change = f"{base.change} --gpu {_gpu_words(largest, cluster)}".strip()
-    yield from _shorter(replace(base, change=change, workload=moved), answerer)
+    effect = f"the largest {largest.vendor.upper()} card of the table, {format_size(largest.capacity_bytes)}"
+    yield from _shorter(base.and_then(f"--gpu {_gpu_words(largest, cluster)}", effect, moved), answerer)
 
 
 def _gpu_words(device: Device, cluster: Cluster) -> str:

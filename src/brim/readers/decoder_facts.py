@@ -14,6 +14,7 @@ from brim.spec.model import NormKind
 WindowRule = Literal["none", "all", "listed", "late", "early_even", "periodic", "unrotated"]
 SparseRule = Literal["all", "stepped", "after_dense"]
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertFacts:
     """The mixture-of-experts block of an architecture."""

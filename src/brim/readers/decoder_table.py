@@ -47,9 +47,7 @@ _GEMMA3 = _GEMMA | {
     "vocab_size": 262208, "hidden_size": 2304, "num_hidden_layers": 26, "num_attention_heads": 8,
     "max_position_embeddings": 131072, "sliding_window_pattern": 6,
 }  # fmt: skip
-_DEEPSEEK = _defaults(
-    kv_lora_rank=512, q_lora_rank=1536, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
-)
+_DEEPSEEK = _defaults(kv_lora_rank=512, q_lora_rank=1536, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
 _EXPERT_ALIASES = {"num_local_experts": "num_experts", "n_routed_experts": "num_experts"}
 
 DECODERS: dict[str, DecoderFacts] = {

@@ -11,14 +11,7 @@ from brim.readers.decoder_facts import DecoderFacts
 from brim.readers.decoder_layers import LayerKind, layer_kinds
 from brim.readers.decoder_table import DECODERS
 from brim.readers.experts import read_experts
-from brim.readers.heads import (
-    Head,
-    class_suffix,
-    label_head,
-    language_head,
-    read_architecture,
-    span_head,
-)
+from brim.readers.heads import Head, class_suffix, label_head, language_head, read_architecture, span_head
 from brim.readers.stack import Stack
 from brim.spec.model import Attention, Embedding, LayerGroup, Linear, Mlp, ModelShape
 

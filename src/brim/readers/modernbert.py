@@ -44,9 +44,7 @@ def read_modernbert(fields: ConfigFields) -> ModelShape:
         max_position_embeddings=fields.number("max_position_embeddings"),
         tie_word_embeddings=head.tied,
         embeddings=(
-            Embedding(
-                name="tok_embeddings", num_embeddings=fields.number("vocab_size"), embedding_dim=hidden_size
-            ),
+            Embedding(name="tok_embeddings", num_embeddings=fields.number("vocab_size"), embedding_dim=hidden_size),
         ),
         groups=_layers(fields, hidden_size),
         head=head.linears,
@@ -105,9 +103,7 @@ def _head(fields: ConfigFields, suffix: str, hidden_size: int, norm_size: int) -
     dense = Linear(name="dense", in_features=hidden_size, out_features=hidden_size, bias=bias)
     match suffix:
         case "ForMaskedLM":
-            head = language_head(
-                fields, hidden_size, bias=fields.flag("decoder_bias"), before=(dense,), name="decoder"
-            )
+            head = language_head(fields, hidden_size, bias=fields.flag("decoder_bias"), before=(dense,), name="decoder")
         case "ForSequenceClassification" | "ForTokenClassification" | "ForQuestionAnswering":
             head = label_head(fields, hidden_size, "classifier", bias=True, before=(dense,))
         case "Model":

@@ -142,7 +142,7 @@ def _read_kernels(words: Words, dialect: Dialect) -> tuple[LayerKernels, LossKer
     """Return layer and loss kernels: what the words say, else the only ones the trainer has."""
     kinds = {word: kind for kind, word in dialect.loss_kernels.items() if word}
     default = next(iter(dialect.loss_kernels))
-    loss = {**kinds, "chunked_nll": "chunked"}.get(words.get("loss_type") or "", default)
+    loss = {**kinds, "chunked_nll": "chunked"}.get(str(words.get("loss_type")), default)
     if "unsloth" in dialect.layer_kernels:
         return "unsloth", cast(LossKernel, loss)
     if not _flag(words, "use_liger_kernel", False):
