@@ -135,13 +135,18 @@ def test_a_full_device_is_refused_and_stays_a_device(brim: Run, job: tuple[str, 
     assert done.code == 2 and done.out == "" and done.err.count("\n") == 1
 
 
-def test_a_full_standard_output_is_refused(job: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("words", "code", "said"), [
+    (["gpus"], 2, "'standard output': No space left on device\n"),
+    (["--version"], 2, "'standard output': No space left on device\n"),
+    (["plan", "8B", "--method", "full", "--gpu", "t4"], 3, "does not fit"),
+])  # fmt: skip
+def test_a_full_standard_output_is_refused(words: list[str], code: int, said: str) -> None:
     if not Path("/dev/full").is_char_device():
         pytest.skip("no /dev/full here")
     with open("/dev/full", "w") as full:
-        done = run_process("gpus", stdout=full)
-    assert done.returncode == 2
-    assert done.stderr == "error: 'standard output': No space left on device\n"
+        done = run_process(*words, stdout=full)
+    assert done.returncode == code
+    assert done.stderr.startswith("error: ") and said in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

@@ -30,8 +30,8 @@ jobs = st.builds(
 ways = st.builds(
     way, micro_batch_size=st.integers(1, 64), gradient_accumulation_steps=st.integers(1, 16),
     activation_checkpointing=st.sampled_from(["none", "selective", "full"]),
-    attention_kernel=st.sampled_from(["eager", "sdpa", "flash"]), loss_kernel=st.sampled_from(["dense", "chunked", "fused"]),
-    layer_kernels=st.sampled_from(["none", "liger", "unsloth"]),
+    attention_kernel=st.sampled_from(["eager", "sdpa", "flash"]),
+    loss_kernel=st.sampled_from(["dense", "chunked", "fused"]), layer_kernels=st.sampled_from(["none", "liger", "unsloth"]),
 )  # fmt: skip
 
 
@@ -69,9 +69,8 @@ def test_a_larger_micro_batch_never_lowers_tokens_per_second(workload: Workload,
 
 @given(jobs, ways)
 def test_accumulation_instead_of_micro_batch_is_never_faster(workload: Workload, strategy) -> None:
-    split = replace(
-        strategy, micro_batch_size=1, gradient_accumulation_steps=strategy.micro_batch_size * strategy.gradient_accumulation_steps
-    )  # fmt: skip
+    sequences = strategy.micro_batch_size * strategy.gradient_accumulation_steps
+    split = replace(strategy, micro_batch_size=1, gradient_accumulation_steps=sequences)
     assert seconds(workload, split) >= seconds(workload, strategy) * (1 - 1e-9)
 
 
@@ -89,10 +88,9 @@ def test_adapters_are_faster_than_full_training(model: str, gpu: str) -> None:
 
 
 def test_quantised_weights_are_slower_while_micro_batches_are_small() -> None:
-    small, large = (
-        speed(job(method="qlora"), micro_batch_size=b) / speed(job(method="lora"), micro_batch_size=b) for b in (1, 32)
-    )
-    assert small < 0.95 and small < large < 1
+    plain, packed = job(method="lora", seq_len=512), job(method="qlora", seq_len=512)
+    small, large = (speed(packed, micro_batch_size=b) / speed(plain, micro_batch_size=b) for b in (1, 64))
+    assert small < 0.9 and small < large < 1
 
 
 def test_fused_kernels_help_where_traffic_counts() -> None:
@@ -147,7 +145,7 @@ def test_replicas_add_devices_and_lose_a_little() -> None:
     full = job(gpu="rtx-4090", devices=4)
     mesh = Mesh(dp_replicate=4)
     assert 0.98 < speed(together, mesh=mesh) / speed(alone) <= 1
-    assert speed(full, mesh=mesh, micro_batch_size=1) < 0.6 * speed(job(gpu="rtx-4090"), micro_batch_size=1)
+    assert speed(full, mesh=mesh, micro_batch_size=1) < 0.75 * speed(job(gpu="rtx-4090"), micro_batch_size=1)
 
 
 def test_accumulation_hides_the_all_reduce() -> None:
@@ -157,18 +155,18 @@ def test_accumulation_hides_the_all_reduce() -> None:
 
 
 def test_the_ring_law() -> None:
-    """1 GiB over 8 H100 by the law and constants of torch 2.13's comm_analysis: all-gather 2.6 ms (facts/scale.md 3.3)."""
+    """1 GiB over 8 H100 by torch 2.13's comm_analysis: all-gather 2.6 ms (facts/scale.md 3.3)."""
     cluster = Cluster(device=find_device("h100"), devices_per_node=8)
     assert gather_seconds(2**30, 8, cluster) == pytest.approx(2.6e-3, rel=0.03)
     assert gather_seconds(2**30, 1, cluster) == 0
 
 
 def test_the_optimizer_is_paid_once_a_step() -> None:
-    """Fused AdamW in fp32: 28 bytes a parameter and clipping's 12; 8 to 9 ms per billion on H100 (facts/scale.md 3.3)."""
+    """Fused AdamW in fp32: 28 bytes a parameter, and clipping's 12; 28 are 8 to 9 ms per billion on H100."""
     workload = job(gpu="h100", weight_dtype="fp32", autocast=True)
     timed = step_time(workload, way(4))
     sums = 12 * 8.03 / (3350 * 0.85)
-    assert timed.fixed_seconds + sums == pytest.approx((28 + 12) * 8.03 / (3350 * 0.85), rel=0.01)
+    assert timed.fixed_seconds + sums == pytest.approx(40 * 8.03 / (3350 * 0.85), rel=0.01)
 
 
 def test_unfused_optimizers_are_slower() -> None:
@@ -185,7 +183,9 @@ def test_paged_states_cost_nothing_while_they_fit() -> None:
     assert speed(job(optimizer="paged-adamw-32bit", gpu="rtx-4090")) < 0.5 * speed(job(gpu="rtx-4090"))
 
 
-@pytest.mark.parametrize(("gpu", "low", "high"), [("a100-80gb", 0.5, 0.73), ("h100", 0.3, 0.37), ("rtx-4090", 0.7, 1.0)])
+@pytest.mark.parametrize(
+    ("gpu", "low", "high"), [("a100-80gb", 0.5, 0.73), ("h100", 0.3, 0.37), ("rtx-4090", 0.7, 1.0)]
+)
 def test_attention_reaches_the_published_share(gpu: str, low: float, high: float) -> None:
     """FlashAttention-2 (arXiv 2307.08691): 50 to 73 % on A100, 34 % on H100."""
     device = find_device(gpu)

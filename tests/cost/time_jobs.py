@@ -35,10 +35,11 @@ def job(
         "lora": adapter, "quantization": Quantization(kind="nf4", double_quant=True) if method == "qlora" else None,
         "engine": Engine(name="trl"),
     } | recipe  # fmt: skip
+    batch = BatchTarget(sequences=32, tokens=32 * seq_len, low=1, high=64, min_useful=1, max_useful=128, reason="test")
     return Workload(
         model=read_card(model), data=DataProfile(seq_len=seq_len, packing=True),
         recipe=Recipe(method=method, **chosen),  # type: ignore[arg-type]
-        batch=BatchTarget(sequences=32, tokens=32 * seq_len, low=1, high=64, min_useful=1, max_useful=128, reason="test"),
+        batch=batch,
         cluster=Cluster(device=find_device(gpu), devices_per_node=devices), task="instruction-tuning",
     )  # fmt: skip
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from brim.cli.output import print_json, print_report
-from brim.errors import BrimError, DoesNotFit
+from brim.errors import BrimError, DoesNotFit, InvalidFile
 
 
 def print_error(error: BrimError, *, as_json: bool) -> int:
@@ -18,7 +19,8 @@ def print_error(error: BrimError, *, as_json: bool) -> int:
     if isinstance(error, DoesNotFit):
         from brim.report.refusal import format_does_not_fit
 
-        print_report(format_does_not_fit(error))
+        with suppress(InvalidFile):  # a full stdout must not hide the refusal
+            print_report(format_does_not_fit(error))
     print(f"error: {_one_line(error)}", file=sys.stderr)
     return error.exit_code
 
@@ -47,5 +49,6 @@ def _list_facts(error: BrimError) -> dict[str, Any]:
 
 
 def _print_json(kind: str, message: str, facts: dict[str, Any], code: int) -> int:
-    print_json({"error": {**facts, "type": kind, "message": message}})
+    with suppress(InvalidFile):
+        print_json({"error": {**facts, "type": kind, "message": message}})
     return code

@@ -113,10 +113,11 @@ def count_layer_weights(group: LayerGroup) -> float:
 
 
 def count_outer_weights(shape: ModelShape) -> int:
-    """Return the weights outside layers that a token is multiplied with, elements: output head and stem."""
-    reads_text = any(group.stack in ("decoder", "encoder") for group in shape.groups)
-    stem = sum(linear.num_weights for linear in shape.stem if not (linear.bare and reads_text))
-    return stem + sum(linear.num_weights for linear in shape.head)
+    """Return the weights outside layers that a token is multiplied with, elements: output head and stem.
+
+    Leaves out: that only images and sounds meet the stem of a model that reads text (0.1 % of Gemma 3 4B).
+    """
+    return sum(linear.num_weights for linear in (*shape.stem, *shape.head))
 
 
 def active_adapters(group: LayerGroup, recipe: Recipe) -> tuple[tuple[Linear, float], ...]:

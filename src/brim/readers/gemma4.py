@@ -36,6 +36,7 @@ TEXT_DEFAULTS = {
 }  # fmt: skip
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _SLIDING_PERIOD = 6
+_LARGEST_NUM_KINDS = 64  # released models have three
 _NUM_NORMS, _NUM_EXPERT_NORMS = 4, 3
 
 
@@ -92,6 +93,8 @@ def read_text_stack(fields: ConfigFields) -> Stack:
     """Return the layers and embeddings of the text model; every layer has an embedding of its own (`E2B`, `E4B`)."""
     hidden_size, num_layers = fields.number("hidden_size"), fields.num_layers()
     kinds = Counter(_kinds(fields, num_layers))
+    if len(kinds) > _LARGEST_NUM_KINDS:
+        fields.refuse("per_layer_config", f"describes {len(kinds)} kinds of layers")
     tables = [Embedding(name="embed_tokens", num_embeddings=fields.number("vocab_size"), embedding_dim=hidden_size)]
     stem, other_parameters = (), hidden_size
     per_layer = _per_layer_size(fields)
