@@ -37,8 +37,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.brim: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/python -m compileall -q src/brim
 	touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints-test.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints-test.txt
+	$(BIN)/python -m compileall -q src/brim
 	touch $@ $(VENV)/.brim

@@ -166,10 +166,7 @@ def _by(hits: Sequence[Hit], key: Callable[[Row], str], meter: str) -> str:
     return "\n".join([_HEAD, *(_line(name, score(parts[name])) for name in sorted(parts))])
 
 
-_CAUSES = {
-    "Lightning-AI/litgpt": "lit-gpt of October 2023: its attention copies queries, keys and values, its bitsandbytes "
-    "(0.41) keeps the input of every product; brim models the current libraries",
-}
+_CAUSES: dict[str, str] = {}
 
 
 def _misses(hits: Sequence[Hit]) -> str:

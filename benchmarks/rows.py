@@ -23,7 +23,7 @@ Row = Mapping[str, Any]
 HIDDEN_FROM_PREDICTOR = ("id", "group", "weight", "measured", "tokens_per_second", "source", "notes")
 _ENGINES = tomllib.loads((Path(__file__).parent / "engines.toml").read_text(encoding="utf-8"))
 _ENGINE_FIELDS = (
-    "set_to_none", "logits_alive_in_backward", "upcasts_logits", "copies_shifted_logits", "repeats_kv",
+    "set_to_none", "logits_alive_in_backward", "upcasts_logits", "frees_narrow_logits", "copies_shifted_logits", "repeats_kv",
     "always_masks", "fused_experts", "keeps_loss_chunks", "reentrant_checkpointing",
 )  # fmt: skip
 _TORCHAO = {"adamw_torch_8bit": "adamw-8bit"}  # torchao: two 8-bit states, scales per 256 elements, as bitsandbytes
@@ -45,6 +45,8 @@ def read_row(row: Row) -> tuple[Workload, Strategy]:
     shape = read_shape(row["model"])
     if facts.get("fused_activations"):
         shape = _with_fused_activations(shape)
+    if facts.get("fused_qkv"):
+        shape = _with_fused_qkv(shape)
     data = DataProfile(seq_len=row["seq_len"], packing=bool(row["packing"]) or row["seq_len_kind"] == "longest")
     recipe = _read_recipe(row, shape, facts)
     micro, accumulation = row["micro_batch_size"] or 1, row["gradient_accumulation_steps"] or 1
@@ -76,6 +78,16 @@ def _with_fused_activations(shape: ModelShape) -> ModelShape:
         for group in shape.groups
     )
     return replace(shape, groups=groups)
+
+
+def _with_fused_qkv(shape: ModelShape) -> ModelShape:
+    groups = []
+    for group in shape.groups:
+        *inputs, output = group.attention.linears
+        width = sum(linear.out_features for linear in inputs)
+        fused = replace(inputs[0], name="attn", out_features=width)
+        groups.append(replace(group, attention=replace(group.attention, linears=(fused, output))))
+    return replace(shape, groups=tuple(groups))
 
 
 def _config(model: Row) -> dict[str, Any]:
@@ -127,6 +139,8 @@ def _read_lora(row: Row, shape: ModelShape, facts: Row, extra: Row, weight: str)
     targets = stated.get("target_modules") or default_targets(shape)
     names = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
     targets = (targets,) if isinstance(targets, str) else tuple(names.get(name, name) for name in targets)
+    if facts.get("fused_qkv") and {"q_proj", "k_proj", "v_proj"} & set(targets):
+        targets = ("attn", *(name for name in targets if name not in ("q_proj", "k_proj", "v_proj")))
     dtype = extra.get("adapter_dtype") or facts["adapter_dtype"]
     return Lora(
         r=stated.get("r") or 16, dropout=facts.get("lora_dropout", 0.0), alpha=float(stated.get("alpha") or 16), target_modules=targets,

@@ -250,8 +250,9 @@ def estimate(workload: Workload, strategy: Strategy) -> Estimate:
 
     profile = profile_strategy(workload, strategy)
     tokens = strategy.micro_batch_size * _sequence_tokens(workload)
-    moments = tuple(_ledgers(profile, tokens))
-    peak = max(moments, key=lambda moment: moment.total_bytes)
+    steady = tuple(_ledgers(profile, tokens))
+    peak = max(steady, key=lambda moment: moment.total_bytes)
+    moments = (_first_step(profile, tokens), *steady)
     reserved = max(peak.total_bytes, estimate_reserved(workload, strategy))
     context = context_bytes(workload.cluster.device)
     return Estimate(
@@ -267,16 +268,24 @@ def _ledgers(profile: Profile, tokens: int) -> Iterable[Moment]:
     for row in profile.rows:
         if row.name not in best or row.total.at(tokens) > best[row.name].total.at(tokens):
             best[row.name] = row
-    for name, row in best.items():
-        yield Moment(
-            name=name,
-            ledger=Ledger(
-                parameters=profile.parameters_bytes, gradients=row.gradients.at(tokens),
-                optimizer_states=row.optimizer_states.at(tokens), activations=row.activations.at(tokens),
-                temporaries=row.temporaries.at(tokens), inputs=profile.inputs.at(tokens),
-                overhead=profile.overhead_bytes,
-            ),
-        )  # fmt: skip
+    for row in best.values():
+        yield _moment(profile, row, tokens)
+
+
+def _moment(profile: Profile, row: Rows, tokens: int) -> Moment:
+    ledger = Ledger(
+        parameters=profile.parameters_bytes, gradients=row.gradients.at(tokens),
+        optimizer_states=row.optimizer_states.at(tokens), activations=row.activations.at(tokens),
+        temporaries=row.temporaries.at(tokens), inputs=profile.inputs.at(tokens), overhead=profile.overhead_bytes,
+    )  # fmt: skip
+    return Moment(name=row.name, ledger=ledger)
+
+
+def _first_step(profile: Profile, tokens: int) -> Moment:
+    """The highest point before the first optimizer step has made its states: what a probe of one pass would see."""
+    busy = [row for row in profile.rows if row.name.startswith(("forward", "loss", "backward"))]
+    highest = max(busy, key=lambda row: (row.total - row.optimizer_states).at(tokens))
+    return _moment(profile, highest._replace(name="first step", optimizer_states=ZERO), tokens)
 
 
 def _notes(workload: Workload, strategy: Strategy) -> tuple[str, ...]:

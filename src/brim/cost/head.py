@@ -71,7 +71,9 @@ def _kept_chunks(tape: Tape, x: Tensor, linear: Linear, setting: Setting, engine
     """
     c, vocabulary = setting.compute_bytes, linear.out_features
     logits = project(tape, x, linear, setting, is_output=True)
-    logits.held = True
+    logits.held = not engine.frees_narrow_logits
+    if engine.frees_narrow_logits:  # a wrapper casts the whole output: Lightning Fabric plugins/precision/half.py
+        logits = tape.op("logits fp32", [logits], per_token(4 * vocabulary), held=True)
     wide = 4 if engine.upcasts_logits else c
     kept = tape.op("chunk log-softmax", [logits], per_token(wide * vocabulary), saves_output=True)
     tape.op("chunked loss", [kept], per_token(4))
