@@ -127,12 +127,18 @@ def _widen(value: Any) -> Any:
     return value.float() if narrow else value
 
 
+def _drop_out(input, p=0.5, training=True, inplace=False):  # type: ignore[no-untyped-def]
+    """CUDA's dropout is one kernel that keeps a boolean mask; the CPU's keeps a mask in the input's dtype."""
+    return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
+
+
 @contextlib.contextmanager
-def cuda_attention() -> Iterator[None]:
-    """Replace the attention kernel while the context lasts."""
-    original = torch.nn.functional.scaled_dot_product_attention
-    torch.nn.functional.scaled_dot_product_attention = _attend  # type: ignore[assignment]
+def cuda_kernels() -> Iterator[None]:
+    """Replace attention and dropout while the context lasts."""
+    functions = torch.nn.functional
+    originals = functions.scaled_dot_product_attention, functions.dropout
+    functions.scaled_dot_product_attention, functions.dropout = _attend, _drop_out  # type: ignore[assignment]
     try:
         yield
     finally:
-        torch.nn.functional.scaled_dot_product_attention = original
+        functions.scaled_dot_product_attention, functions.dropout = originals  # type: ignore[assignment]

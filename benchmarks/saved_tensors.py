@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import platform
 import sys
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import peft
 import torch
 import transformers
-from live_storages import CudaAutocast, LiveStorages, cuda_attention
+from live_storages import CudaAutocast, LiveStorages, cuda_kernels
 from tiny_models import BATCH, FAMILIES, LENGTH, build_tiny, tiny_config, tiny_inputs
 
 from brim.cost.blocks import Block, cost_head, cost_layer
@@ -40,7 +41,7 @@ from brim.tables.read import find_device
 
 DEPTHS = (2, 4)
 RANK = 8
-EAGER_ONLY = ("bloom",)
+EAGER_ONLY = ("bloom", "gemma2", "gpt_oss")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,7 @@ def measure_kept(family: str, case: Case, attention: str, depth: int) -> Kept:
     ignored = [*model.parameters(), *model.buffers(), *inputs.values()]
     live = LiveStorages(ignored)
     autocast = (torch.autocast("cpu", torch.bfloat16), CudaAutocast()) if case.autocast else ()
-    with cuda_attention(), live, contextlib.ExitStack() as stack:
+    with cuda_kernels(), live, contextlib.ExitStack() as stack:
         for context in autocast:
             stack.enter_context(context)
         loss = model(**inputs).loss
@@ -203,6 +204,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="FILE.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     lines = [
         "| family | case | attention | tape B/token/layer | real | ratio | outside layers: tape | real |",

@@ -16,12 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rows import HIDDEN_FROM_PREDICTOR, read_row
-
 from brim.cost.steptime import step_time
 from brim.errors import BrimError, UnsupportedModel
 from brim.spec.strategy import Mesh, Strategy
 from brim.spec.workload import Workload
+from rows import HIDDEN_FROM_PREDICTOR, read_row
 
 Row = Mapping[str, Any]
 _DEVICES_OF_A_NODE = 8

@@ -49,7 +49,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     }),
     "olmo2": ("olmo2", {}),
     "granite": ("granite", {}),
-    "smollm3": ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}),
+    "smollm3": ("smollm3", {}),
     "mixtral": ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 384}),
     "deepseek_v2": ("deepseek_v2", {**_LATENT, "topk_method": "greedy", "head_dim": 16}),
     "deepseek_v3": ("deepseek_v3", {**_LATENT, "head_dim": 16}),
@@ -66,10 +66,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "modernbert": ("modernbert", {
         "embedding_dropout": 0.0, "mlp_dropout": 0.0, "global_attn_every_n_layers": 1, "local_attention": 64,
     }),
-    "t5": ("t5", {"d_model": 256, "d_kv": 32, "d_ff": 640, "num_heads": 8, "dropout_rate": 0.0}),
+    "t5": ("t5", {
+        "d_model": 256, "d_kv": 32, "d_ff": 640, "num_heads": 8, "dropout_rate": 0.0,
+        "decoder_start_token_id": 0,
+    }),
     "t5_gated": ("t5", {
         "d_model": 256, "d_kv": 32, "d_ff": 640, "num_heads": 8, "dropout_rate": 0.0,
-        "feed_forward_proj": "gated-gelu",
+        "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0,
     }),
     "bart": ("bart", {
         "d_model": 256, "encoder_ffn_dim": 640, "decoder_ffn_dim": 640, "encoder_attention_heads": 8,
@@ -88,9 +91,11 @@ _CLASSES = {
 def tiny_config(family: str, depth: int, *, attention: str = "sdpa") -> transformers.PretrainedConfig:
     """Return the config of a tiny model with `depth` layers (in each stack), dropout off."""
     model_type, numbers = FAMILIES[family]
-    layers = {"num_hidden_layers": depth}
+    layers: dict[str, Any] = {"num_hidden_layers": depth}
     if model_type in ("t5", "bart"):
         layers = {"num_layers": depth, "num_decoder_layers": depth, "encoder_layers": depth, "decoder_layers": depth}
+    elif model_type == "smollm3":
+        layers["no_rope_layers"] = [1, 0] * (depth // 2)
     elif model_type in ("gpt2", "bloom"):
         layers = {"n_layer": depth}
     config = AutoConfig.for_model(model_type, **(_COMMON | numbers | layers))

@@ -103,6 +103,21 @@ def test_a_file_is_written_whole_or_not_at_all(plan: brim.Plan, tmp_path: Path, 
     assert path.read_text() == "before" and os.listdir(tmp_path) == ["plan.json"]
 
 
+def test_a_link_is_followed(plan: brim.Plan, tmp_path: Path) -> None:
+    (tmp_path / "link.json").symlink_to(tmp_path / "plan.json")
+    brim.save_plan(plan, tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink() and brim.load_plan(tmp_path / "plan.json") == plan
+
+
+def test_a_pipe_is_written_to_and_stays_a_pipe(plan: brim.Plan, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True) as reader:
+        brim.save_plan(plan, pipe)
+        assert json.loads(reader.communicate(timeout=20)[0])["schema_version"] == 1
+    assert pipe.is_fifo()
+
+
 @pytest.mark.parametrize(
     ("name", "problem"),
     [("missing/plan.json", "cannot be written: No such file or directory"), (".", "cannot be written: is a folder")],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -122,14 +121,28 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a file whole or not at all: a temporary file beside it, then one rename.
 
+    A link is followed; a device or pipe is written to as it is, since a rename would replace it.
+
     Raises:
         InvalidFile: the folder is missing or cannot be written to.
     """
-    target = Path(path)
-    temporary = None
     try:
+        target = Path(path).resolve()
         if target.is_dir():
             raise IsADirectoryError(21, "is a folder")
+        if target.exists() and not target.is_file():
+            target.write_text(text, encoding="utf-8")
+        else:
+            _replace_file(target, text)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InvalidFile(path=os.fspath(path), problem=_what_failed(error, "cannot be written")) from None
+
+
+def _replace_file(target: Path, text: str) -> None:
+    import tempfile  # 10 ms that a plan which is only printed need not pay
+
+    temporary = None
+    try:
         with tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name[:40]}.", delete=False
         ) as file:
@@ -137,8 +150,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
             file.write(text)
         os.chmod(temporary, _mode_of_new_files())
         os.replace(temporary, target)
-    except (OSError, ValueError) as error:
-        raise InvalidFile(path=os.fspath(path), problem=_what_failed(error, "cannot be written")) from None
+        temporary = None
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):

@@ -71,7 +71,7 @@ def test_export_prints_json(brim: Run, job: tuple[str, ...], tmp_path: Path) -> 
 def test_estimate_puts_answers_side_by_side(brim: Run, job: tuple[str, ...]) -> None:
     done = brim("estimate", *job, "--micro-batch-size", "2", "--by", "rule,formula")
     assert done.code == 0
-    assert "8B, micro-batch 2\n" in done.out and "rule to formula" in done.out
+    assert "8B, micro-batch 2\n" in done.out and "rule vs formula" in done.out
     both = brim("estimate", *job, "--by", "rule, formula", "--json").json["estimates"]
     assert [row["source"] for row in both] == ["rule", "formula"]
 

@@ -136,3 +136,8 @@ def test_the_nearest_row() -> None:
     smallest = find_row(13, 4, 8)
     assert smallest is not None and (smallest.billions, smallest.card_gb) == (13, 24)
     assert find_row(7, 16, 24) is None
+
+
+def test_a_model_beyond_the_open_row_has_the_whole_card() -> None:
+    made = plan("zai-org/GLM-4.5-Air", "96GB", method="qlora")
+    assert made.strategy.micro_batch_size >= 1 and made.budget_bytes > 55 * GB

@@ -31,7 +31,8 @@ ways = st.builds(
     way, micro_batch_size=st.integers(1, 64), gradient_accumulation_steps=st.integers(1, 16),
     activation_checkpointing=st.sampled_from(["none", "selective", "full"]),
     attention_kernel=st.sampled_from(["eager", "sdpa", "flash"]),
-    loss_kernel=st.sampled_from(["dense", "chunked", "fused"]), layer_kernels=st.sampled_from(["none", "liger", "unsloth"]),
+    loss_kernel=st.sampled_from(["dense", "chunked", "fused"]),
+    layer_kernels=st.sampled_from(["none", "liger", "unsloth"]),
 )  # fmt: skip
 
 
@@ -210,10 +211,10 @@ def test_the_search_can_ask_ten_thousand_times_a_second() -> None:
     workload = job()
     strategies = [way(b, m) for b in range(1, 33) for m in range(1, 33)]
     seconds(workload, strategies[0])
-    start = time.perf_counter()
+    start = time.process_time()  # the tests share the processor
     for strategy in strategies:
         seconds(workload, strategy)
-    assert len(strategies) / (time.perf_counter() - start) > 10_000
+    assert len(strategies) / (time.process_time() - start) > 10_000
 
 
 @settings(max_examples=20)

@@ -45,6 +45,7 @@ def test_unsloth_has_every_word() -> None:
     export = export_plan(make_plan("unsloth", method="qlora", activation_offload=True), "unsloth")
     fast, lora = FIELDS["unsloth"].values()
     own = {"num_processes", "peft_config", "quantization_config", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}
+    own.add("UNSLOTH_DISABLE_STATISTICS")
     # from_pretrained drops `attn_implementation` itself: the kernel is Unsloth's choice.
     assert set(export.outside) - own - {"attn_implementation"} <= set(fast)
     assert set(export.outside["peft_config"]) <= set(lora)

@@ -9,6 +9,8 @@ from brim.planner.answerer import ORDER_TEXT, Answerer, relative_cost
 from brim.planner.budget import Budget, find_budget
 from brim.planner.job import Job, build_job
 from brim.planner.options import read_options
+from brim.planner.plan import plan_workload
+from brim.planner.record import Plan
 from brim.readers.hardware import read_cluster
 from brim.readers.sources import read_model
 from brim.spec.strategy import Strategy
@@ -80,3 +82,8 @@ def toy_answerer(
         source="formula", estimate=estimate, peak=peak, moment=lambda workload, strategy: "loss", seconds=seconds,
         budget=budget, order=relative_cost, order_text=ORDER_TEXT,
     )  # fmt: skip
+
+
+def make_plan(answerer: Answerer | None = None, **options: Any) -> Plan:
+    job = make_job(**options)
+    return plan_workload(job.workload, job.fixed, answerer or toy_answerer(), assumptions=job.assumptions)

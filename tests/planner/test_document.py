@@ -112,7 +112,7 @@ def changed(*path: Any, value: Any) -> str:
          "'plan.json': strategy.micro_batch_size: Input should be a valid integer"),
         (changed("strategy", "micro_batch_size", value=0), "'plan.json': micro_batch_size must be at least 1, not 0"),
         (changed("strategy", "micro_batch_size", value=3), "'plan.json': micro-batch 3 x accumulation "),
-        (changed("workload", "data", "seq_len", value=10**400), "'plan.json': holds a number beyond 2**63"),
+        (changed("workload", "data", "seq_len", value=10**400), "'plan.json': holds a number beyond 2**80"),
         (changed("workload", "model", "name", value="a\nimport os"), "'plan.json': holds unprintable text: "),
         (changed("strategy", "surprise", value=1), "'plan.json': strategy.surprise: "),
         (changed("strategy", "mesh", "dp_replicate", value=-1), "'plan.json': mesh.dp_replicate must be at least 1"),

@@ -19,6 +19,10 @@ from brim.readers.hf_config import read_config
 CASES = [config for _, config in architecture_cases()]
 CARDS = [json.loads(line)["config"] for line in (files("brim.tables") / "models.jsonl").read_text().splitlines()]
 KEYS = sorted({key for config in (*CASES, *CARDS) for key in config})
+COMMON_KEYS = (
+    "architectures", "torch_dtype", "layer_types", "head_dim", "sliding_window", "id2label", "num_labels",
+    "per_layer_config", "text_config", "vision_config", "audio_config", "tie_word_embeddings", "hidden_act",
+)  # fmt: skip
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.integers(min_value=-3, max_value=300), st.floats(),
     st.text(max_size=8), st.sampled_from([2**31, 2**31 + 1, 10**400, -(10**400), "4096", "\ud800", "x" * 10_000]),
@@ -79,7 +83,7 @@ def test_missing_keys(config: dict[str, Any], data: st.DataObject) -> None:
 def test_every_key_of_every_type(model_type: str) -> None:
     """Each key of a small config takes each bad value in turn."""
     config = next(config for config in CASES if config["model_type"] == model_type)
-    for key in KEYS:
+    for key in {*config, *COMMON_KEYS}:
         for bad in (None, True, 0, -1, 1, 2**31, 2**70, 1.5, float("nan"), "", "x", [], [1], [None], {}, {"0": 1}):
             answer(config | {key: bad})
 

@@ -100,4 +100,10 @@ def test_a_broken_command_is_the_same_command(words: list[str]) -> None:
     assert all(line.endswith(" \\") for line in lines[:-1])
     joined = " ".join(line.removesuffix(" \\").strip() for line in lines)
     assert joined == " ".join(words)
-    assert all(len(line) <= 60 for line in lines)
+    assert all(len(line) <= 68 for line in lines), "a flag and its value may be longer than the width"
+
+
+def test_a_flag_stays_with_its_value() -> None:
+    assert break_command("brim plan 8B --gpu t4 --json --export trl", 20) == [
+        "brim plan 8B \\", "    --gpu t4 \\", "    --json \\", "    --export trl",
+    ]  # fmt: skip

@@ -56,13 +56,13 @@ def rule_peak_bytes(workload: Workload, strategy: Strategy) -> int:
 def rule_budget_bytes(workload: Workload) -> int:
     """Return the bytes the rule lets a plan use: model, buffer, and 90 % of what remains of the card.
 
-    A row that says "40 GB+" keeps its answer on every larger card.
+    A row that says "40 GB+" keeps its answer on every larger card, for models that fit 40 GB at all.
     """
     constants, billions, bits = read_rule_constants(), count_billions(workload), weight_bits(workload)
     base = model_bytes(billions, bits, workload.cluster.num_devices) + round(constants.buffer_gb * GB)
     card = card_gb(workload)
     row = find_row(billions, bits, card)
-    if row is not None and row.or_more and card >= row.card_gb:
+    if row is not None and row.or_more and card >= row.card_gb > base / GB:
         card = row.card_gb
     remaining = max(0, round(card * GB) - base)
     return base + int(remaining * constants.used_fraction) if remaining else round(card * GB)

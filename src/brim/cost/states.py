@@ -5,8 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from brim.cost.parameters import count_layer_parameters, count_lora_parameters, count_parameters, target_linears
+from brim.cost.parameters import (
+    adapter_linears,
+    count_layer_parameters,
+    count_lora_parameters,
+    count_parameters,
+    default_targets,
+    layer_linears,
+    target_linears,
+)
 from brim.cost.setting import DTYPE_BYTES, quantised_bytes
+from brim.errors import UnsupportedModel
 from brim.spec.model import LayerGroup, Linear, ModelShape, Moe
 from brim.spec.recipe import Quantization, Recipe
 from brim.spec.strategy import OptimizerKernel
@@ -34,6 +43,7 @@ def count_states(shape: ModelShape, recipe: Recipe) -> States:
 
     Source: each optimizer's row in tables/optimizers.toml; quantised storage in cost/setting.py.
     """
+    _refuse_expert_adapters(shape, recipe)
     optimizer = find_optimizer(recipe.optimizer)
     trained, element_bytes = count_trained(shape, recipe), trained_bytes(recipe)
     gradient_bytes = DTYPE_BYTES[recipe.gradient_dtype] if recipe.gradient_dtype else element_bytes
@@ -48,6 +58,18 @@ def count_states(shape: ModelShape, recipe: Recipe) -> States:
         optimizer_bytes=0 if optimizer.paged else state_bytes,
         paged_bytes=state_bytes if optimizer.paged else 0,
     )
+
+
+def _refuse_expert_adapters(shape: ModelShape, recipe: Recipe) -> None:
+    """PEFT puts an adapter on every fused expert it reaches: parameters by the billion, and tensors no tape knows."""
+    if recipe.lora is None:
+        return
+    named = target_linears(shape, recipe.lora.target_modules, recipe.engine.fused_experts)
+    if adapter_linears(shape, recipe.lora, recipe.engine.fused_experts) != named:
+        raise UnsupportedModel(
+            model=shape.name, what="adapters on the routed experts",
+            advice=f"name other matrices, for example --lora-targets {','.join(default_targets(shape))}",
+        )  # fmt: skip
 
 
 def count_trained(shape: ModelShape, recipe: Recipe) -> int:
@@ -121,12 +143,11 @@ def trained_matrices(shape: ModelShape, recipe: Recipe) -> list[tuple[int, int, 
         hit = target_linears(shape, recipe.lora.target_modules, recipe.engine.fused_experts)
         r = recipe.lora.r
         return [shape_ for linear, n in hit for shape_ in ((r, linear.in_features, n), (linear.out_features, r, n))]
-    matrices = [
+    return [
         (linear.out_features, linear.in_features, group.count * copies)
         for group in shape.groups
-        for linear, copies in target_linears(group, ("all-linear",), False)
+        for linear, copies in layer_linears(group)
     ]
-    return matrices
 
 
 def _embedding_matrices(shape: ModelShape, recipe: Recipe) -> list[tuple[int, int, int]]:

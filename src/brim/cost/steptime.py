@@ -10,7 +10,7 @@ a few multiplications, so that the search can ask for thousands.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -89,11 +89,37 @@ def seconds(workload: Workload, strategy: Strategy) -> float | None:
     return None if law is None else law.step(strategy.micro_batch_size, strategy.gradient_accumulation_steps)[2]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Same:
+    """A workload by identity: hashing all of it at every question would take longer than the answer."""
+
+    workload: Workload
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.workload is other.workload
+
+    def __hash__(self) -> int:
+        return id(self.workload)
+
+
+@lru_cache(maxsize=64)
+def _laws(same: _Same) -> dict[tuple[object, ...], Law | None]:
+    """Return the laws found so far for a workload, by what decides them in a strategy."""
+    return {}
+
+
 def _law(workload: Workload, strategy: Strategy) -> Law | None:
-    return _derive(workload, replace(strategy, micro_batch_size=1, gradient_accumulation_steps=1))
+    laws = _laws(_Same(workload))
+    key = (
+        strategy.activation_checkpointing, strategy.attention_kernel, strategy.loss_kernel, strategy.optimizer_kernel,
+        strategy.layer_kernels, strategy.compile, strategy.activation_offload, strategy.zero_stage, strategy.offload,
+        strategy.padding_free, strategy.mesh,
+    )  # fmt: skip
+    if key not in laws:
+        laws[key] = _derive(workload, strategy)
+    return laws[key]
 
 
-@lru_cache(maxsize=512)
 def _derive(workload: Workload, strategy: Strategy) -> Law | None:
     """Return the law of a strategy's kernels; None for a device, a mesh or a link whose time is not known."""
     mesh, ranks = strategy.mesh, strategy.mesh.data_parallel_size

@@ -8,7 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 from brim.exporters.record import ExportFile, name_requirements
-from brim.exporters.words import ALLOCATOR_VARIABLES, cpu_loading, cpu_training
+from brim.exporters.words import cpu_loading, cpu_training
 from brim.planner.record import Plan
 from brim.tables.dialects import Dialect
 from brim.tables.read import find_card
@@ -161,7 +161,7 @@ def _shared_parts(plan: Plan, dialect: Dialect, words: Mapping[str, Any]) -> dic
         "quantized": "quantization_config" in outside,
         "upcast_rest": quantization is not None and quantization.upcast_rest,
         "max_length": outside.get("max_length"),
-        "environment": {name: outside[name] for name in ALLOCATOR_VARIABLES if name in outside},
+        "environment": {name: value for name, value in outside.items() if name.isupper()},
         "cpu_training": cpu_training(words["training"], dialect),
         "cpu_loading": cpu_loading(words["loading"], dialect),
         "loads_tokenizer": True,

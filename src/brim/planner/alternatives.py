@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from brim.planner.answerer import RECOMPUTED_FORWARD, Answerer
+from brim.planner.candidates import knobs_of
 from brim.planner.record import Rejected
 from brim.planner.search import TIE_FRACTION, Costed, Found
 from brim.spec.strategy import Strategy
@@ -38,7 +39,7 @@ def _select(found: Found, best: Costed) -> list[Costed]:
     for variant, members in _by_variant((*found.fitting, *found.over)).items():
         fits = [costed for costed in members if costed.peak_bytes <= found.budget_bytes and costed is not best]
         over = [costed for costed in members if costed.peak_bytes > found.budget_bytes]
-        if variant == _variant(best.strategy):
+        if variant == knobs_of(best.strategy):
             fits.sort(key=lambda costed: abs(costed.strategy.micro_batch_size - best.strategy.micro_batch_size))
             chosen += fits[:_SMALLER_SPLITS]
         else:
@@ -47,18 +48,11 @@ def _select(found: Found, best: Costed) -> list[Costed]:
     return chosen
 
 
-def _by_variant(members: Iterable[Costed]) -> dict[tuple[object, ...], list[Costed]]:
-    groups: dict[tuple[object, ...], list[Costed]] = {}
+def _by_variant(members: Iterable[Costed]) -> dict[Strategy, list[Costed]]:
+    groups: dict[Strategy, list[Costed]] = {}
     for costed in members:
-        groups.setdefault(_variant(costed.strategy), []).append(costed)
+        groups.setdefault(knobs_of(costed.strategy), []).append(costed)
     return groups
-
-
-def _variant(strategy: Strategy) -> tuple[object, ...]:
-    return (
-        strategy.activation_checkpointing, strategy.attention_kernel, strategy.loss_kernel,
-        strategy.optimizer_kernel, strategy.layer_kernels, strategy.activation_offload,
-    )  # fmt: skip
 
 
 def _reject(workload: Workload, costed: Costed, best: Costed, budget_bytes: int, answerer: Answerer) -> Rejected:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
 
@@ -32,6 +32,11 @@ class Variant:
         return Strategy(
             micro_batch_size=micro_batch_size, gradient_accumulation_steps=gradient_accumulation_steps, **self.knobs
         )
+
+
+def knobs_of(strategy: Strategy) -> Strategy:
+    """Return the strategy with its split set to 1 x 1: equal for strategies that differ in the split only."""
+    return replace(strategy, micro_batch_size=1, gradient_accumulation_steps=1)
 
 
 def list_splits(workload: Workload, fixed: Fixed) -> tuple[tuple[int, int], ...]:

@@ -18,7 +18,7 @@ from brim.planner.record import SCHEMA_VERSION, Plan
 if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
 
-_LARGEST_NUMBER = 2**63
+_LARGEST_NUMBER = 2**80
 _DERIVED = {"step_seconds": "Step time, seconds.", "tokens_per_second_per_device": "Speed, tokens per second."}
 """Keys of an estimate that repeat numbers of `step_time` for readers of the JSON."""
 _TOTAL = "total_bytes"
@@ -100,12 +100,12 @@ def _parse(text: str, path: str) -> dict[str, Any]:
 
 
 def _absurd(document: Any) -> str:
-    """Return what no plan holds: numbers beyond 2**63, text that cannot be printed; `` if there is nothing."""
+    """Return what no plan holds: numbers beyond 2**80, text that cannot be printed; `` if there is nothing."""
     stack = [document]
     while stack:
         value = stack.pop()
         if isinstance(value, (int, float)) and not abs(value) < _LARGEST_NUMBER:
-            return "holds a number beyond 2**63"
+            return "holds a number beyond 2**80"
         if isinstance(value, str) and not value.isprintable():
             return f"holds unprintable text: {quoted(value)}"
         stack.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())

@@ -7,14 +7,11 @@ from collections.abc import Iterator
 from brim.planner.answerer import Answerer
 from brim.planner.batch import ranks_text
 from brim.planner.budget import Budget
-from brim.planner.candidates import Fixed
+from brim.planner.candidates import Fixed, knobs_of
 from brim.planner.search import TIE_FRACTION, Costed, Found
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
 from brim.units import format_size
-
-_TURNED = ("micro_batch_size", "activation_checkpointing", "activation_offload")
-"""Knobs that a reason compares; two strategies that differ in one of them only are neighbours."""
 
 
 def list_reasons(
@@ -52,7 +49,7 @@ def _larger_micro_batch(workload: Workload, found: Found, best: Costed, answerer
             costed
             for costed in (*found.fitting, *found.over)
             if costed.strategy.micro_batch_size > best.strategy.micro_batch_size
-            and _same_but(costed.strategy, best.strategy, "micro_batch_size")
+            and knobs_of(costed.strategy) == knobs_of(best.strategy)
         ),
         key=lambda costed: costed.strategy.micro_batch_size,
     )
@@ -102,7 +99,3 @@ def _speed(workload: Workload, best: Costed, answerer: Answerer) -> str:
     if best.seconds is None:
         return f"{workload.cluster.device.name}: {answerer.order_text}"
     return f"step time by {answerer.source} (unmeasured on this card)"
-
-
-def _same_but(one: Strategy, other: Strategy, turned: str) -> bool:
-    return all(getattr(one, knob) == getattr(other, knob) for knob in _TURNED if knob != turned)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NoReturn
@@ -182,12 +183,15 @@ def _shorter(base: _Change, answerer: Answerer) -> Iterator[_Change]:
     seq_len = base.workload.data.seq_len
     if base.workload.model.sequence_tokens is not None:
         return
-    for length in _shorter_lengths(seq_len):
-        shorter = with_seq_len(base.workload, length)
-        if _fits(shorter, base.fixed, answerer):
-            effect = f"longer sequences are cut at {length:,} tokens instead of {seq_len:,}"
-            yield base.and_then(f"--seq-len {length}", effect, shorter)
-            return
+    lengths = _shorter_lengths(seq_len)
+    # Shorter never needs more, so the lengths are halved rather than walked.
+    first = bisect_left(
+        lengths, True, key=lambda length: _fits(with_seq_len(base.workload, length), base.fixed, answerer)
+    )
+    if first < len(lengths):
+        length = lengths[first]
+        effect = f"longer sequences are cut at {length:,} tokens instead of {seq_len:,}"
+        yield base.and_then(f"--seq-len {length}", effect, with_seq_len(base.workload, length))
 
 
 def _shorter_lengths(seq_len: int) -> list[int]:
@@ -208,25 +212,33 @@ def with_seq_len(workload: Workload, seq_len: int) -> Workload:
 def _bigger_card(base: _Change, answerer: Answerer) -> Iterator[_Change]:
     """The smallest card of the table that fits, of the same vendor."""
     cluster = base.workload.cluster
-    for device in sorted(list_devices(), key=lambda device: device.capacity_bytes):
-        if device.capacity_bytes <= cluster.device.plannable_bytes or device.vendor != cluster.device.vendor:
-            continue
-        moved = replace(base.workload, cluster=replace(cluster, device=device))
-        if _fits(moved, base.fixed, answerer):
+    bigger = [device for device in _cards(cluster) if device.capacity_bytes > cluster.device.plannable_bytes]
+    first = bisect_left(bigger, True, key=lambda device: _fits(_moved(base, device), base.fixed, answerer))
+    # Old cards among the bigger ones may be barred by a rule; the next that is not takes their place.
+    for device in bigger[first:]:
+        if _fits(_moved(base, device), base.fixed, answerer):
             size = format_size(device.capacity_bytes)
             effect = f"the smallest {device.vendor.upper()} card of the table that fits, {size}"
-            yield base.and_then(f"--gpu {_gpu_words(device, cluster)}", effect, moved)
+            yield base.and_then(f"--gpu {_gpu_words(device, cluster)}", effect, _moved(base, device))
             return
+
+
+def _cards(cluster: Cluster) -> list[Device]:
+    """Return the cards of the table of the same vendor, smallest first."""
+    cards = [device for device in list_devices() if device.vendor == cluster.device.vendor]
+    return sorted(cards, key=lambda device: device.capacity_bytes)
+
+
+def _moved(base: _Change, device: Device) -> Workload:
+    return replace(base.workload, cluster=replace(base.workload.cluster, device=device))
 
 
 def _last_resort(base: _Change, answerer: Answerer) -> Iterator[_Change]:
     """The largest card of the same vendor, with the longest rounded length that fits it."""
     cluster = base.workload.cluster
-    cards = [device for device in list_devices() if device.vendor == cluster.device.vendor]
-    largest = max(cards, key=lambda device: device.capacity_bytes)
-    moved = replace(base.workload, cluster=replace(cluster, device=largest))
+    largest = _cards(cluster)[-1]
     effect = f"the largest {largest.vendor.upper()} card of the table, {format_size(largest.capacity_bytes)}"
-    yield from _shorter(base.and_then(f"--gpu {_gpu_words(largest, cluster)}", effect, moved), answerer)
+    yield from _shorter(base.and_then(f"--gpu {_gpu_words(largest, cluster)}", effect, _moved(base, largest)), answerer)
 
 
 def _gpu_words(device: Device, cluster: Cluster) -> str:

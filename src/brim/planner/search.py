@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from brim.planner.answerer import Answerer
 from brim.planner.batch import is_power_of_two
-from brim.planner.candidates import Fixed, list_splits, list_variants
+from brim.planner.candidates import Fixed, Variant, list_splits, list_variants
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
 
@@ -88,7 +88,9 @@ def search(workload: Workload, fixed: Fixed, answerer: Answerer, budget_bytes: i
 def least_peak_bytes(workload: Workload, fixed: Fixed, answerer: Answerer) -> int:
     """Return the lowest peak of any candidate, bytes: the question of `search`, without asking for the fastest.
 
-    It lies at the smallest micro-batch or at accumulation 1, see `search`.
+    It lies at the smallest micro-batch or at accumulation 1, see `search`, and where most is recomputed.
+
+    Leaves out: models of so few layers that checkpointing saves less than the one layer input it keeps.
 
     Raises:
         InvalidStrategy: rules forbid every candidate.
@@ -96,7 +98,13 @@ def least_peak_bytes(workload: Workload, fixed: Fixed, answerer: Answerer) -> in
     splits = list_splits(workload, fixed)
     ends = {splits[0], splits[-1]}
     variants = list_variants(workload, fixed)
-    return min(answerer.peak(workload, variant.at(*split)) for variant in variants for split in ends)
+    most = max(_recomputation(variant) for variant in variants)
+    lightest = [variant for variant in variants if _recomputation(variant) == most]
+    return min(answerer.peak(workload, variant.at(*split)) for variant in lightest for split in ends)
+
+
+def _recomputation(variant: Variant) -> int:
+    return _RECOMPUTATION[variant.knobs["activation_checkpointing"]]
 
 
 def _cost(workload: Workload, strategy: Strategy, peak_bytes: int, answerer: Answerer) -> Costed:

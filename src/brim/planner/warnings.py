@@ -35,6 +35,16 @@ def list_warnings(
     return tuple(warning for find in _WARNINGS for warning in find(facts))
 
 
+def _rule_of_thumb(facts: _Facts) -> Iterator[PlanWarning]:
+    if facts.estimate.source != "rule":
+        return
+    text = "the rule of thumb leaves out optimizer states, gradients and logits; by formula counts them"
+    devices = facts.workload.cluster.num_devices
+    if devices > 1:
+        text += f". It spreads the weights over {devices} devices, while every rank of this plan holds all of them"
+    yield PlanWarning(code="rule_of_thumb", text=text)
+
+
 def _batch_range(facts: _Facts) -> Iterator[PlanWarning]:
     batch, task = facts.workload.batch, facts.workload.task
     if batch.sequences < batch.min_useful:
@@ -163,6 +173,6 @@ def _packed_steps(facts: _Facts) -> Iterator[PlanWarning]:
 
 
 _WARNINGS: tuple[Callable[[_Facts], Iterator[PlanWarning]], ...] = (
-    _batch_range, _few_steps, _positions, _fragmentation, _pure_bf16, _optimizer_state, _experts_unquantised,
-    _loss_scaling, _padding, _packed_steps,
+    _rule_of_thumb, _batch_range, _few_steps, _positions, _fragmentation, _pure_bf16, _optimizer_state,
+    _experts_unquantised, _loss_scaling, _padding, _packed_steps,
 )  # fmt: skip

@@ -28,10 +28,25 @@ class Commands:
 
 
 def break_command(command: str, width: int) -> list[str]:
-    """Return the lines of a command, each but the last ending in a backslash."""
-    lines = [""]
-    for word in _WORD.findall(command):
-        if lines[-1].strip() and len(lines[-1]) + len(word) + 3 > width:
-            lines.append("   ")
-        lines[-1] += f" {word}" if lines[-1] else word
+    """Return the lines of a command, each but the last ending in a backslash; a flag stays with its value."""
+    lines: list[str] = []
+    for words in _pair_flags(_WORD.findall(command)):
+        if lines and len(lines[-1]) + len(words) + 3 <= width:
+            lines[-1] += f" {words}"
+        else:
+            lines.append(f"    {words}" if lines else words)
     return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
+
+
+def _pair_flags(words: Sequence[str]) -> Iterator[str]:
+    kept = ""
+    for word in words:
+        if kept.startswith("--") and not word.startswith("--"):
+            yield f"{kept} {word}"
+            kept = ""
+        else:
+            if kept:
+                yield kept
+            kept = word
+    if kept:
+        yield kept

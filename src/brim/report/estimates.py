@@ -36,7 +36,7 @@ def format_estimates(estimates: Sequence[Estimate], *, title: str = "", capacity
     known = [estimate for estimate in estimates if find_peak(estimate) is not None]
     if known:
         parts += format_section("At the peak (GiB)", _compare_rows(known))
-    for estimate in known:
+    for estimate in (row for row in known if len(row.moments) > 1):
         parts += format_section(f"Moment by moment (GiB), {estimate.source}", _format_moments(estimate))
     parts += format_section("How wrong", format_list(describe_margin(estimate) for estimate in estimates))
     notes = format_list(f"{row.source}: {'; '.join(row.notes)}" for row in estimates if row.notes)
@@ -45,7 +45,7 @@ def format_estimates(estimates: Sequence[Estimate], *, title: str = "", capacity
 
 def _compare_totals(estimates: Sequence[Estimate], capacity_bytes: int | None) -> Table:
     sources = [estimate.source for estimate in estimates]
-    last = [f"{sources[0]} to {sources[-1]}"] if len(sources) > 1 else []
+    last = [f"{sources[0]} vs {sources[-1]}"] if len(sources) > 1 else []
     table = make_table("", *sources, *last, right=[*sources, *last])
     for words, figures in _list_totals(estimates):
         difference = [format_difference(figures[0], figures[-1])] if last else []

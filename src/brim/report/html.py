@@ -26,6 +26,7 @@ _STYLE = """
 .brim-plan tr,.brim-plan th,.brim-plan td{background:transparent!important;border:0}
 .brim-plan th,.brim-plan td{padding:2px 14px 2px 0;text-align:left;vertical-align:top}
 .brim-plan th{font-weight:600;border-bottom:1px solid color-mix(in srgb,currentColor 35%,transparent)}
+.brim-plan td:first-child{white-space:nowrap}
 .brim-plan .num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .brim-plan .key{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:6px}
 .brim-plan .chosen td{font-weight:600}

@@ -78,7 +78,7 @@ class Engine:
     always_masks: bool = False
     """Whether a mask is built though every sequence is full (transformers 4.53 to 4.57, no mask given, no cache)."""
     fused_experts: bool = True
-    """Whether experts are one 3-D parameter (transformers 5): bitsandbytes leaves it in 16 bit, adapters skip it."""
+    """Whether experts are one 3-D parameter (transformers 5), which bitsandbytes leaves in 16 bit."""
     evaluates: bool = True
     """Whether the loop evaluates with the training micro-batch."""
 
