@@ -32,7 +32,7 @@ def test_training_arguments_reads_the_numbers_back(knobs: dict, tmp_path: Path) 
 
 @pytest.mark.parametrize("knobs", [*KNOBS, {"activation_checkpointing": "selective"}])
 def test_sft_config_reads_the_numbers_back(knobs: dict, tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl", minversion="1.15")
+    trl = pytest.importorskip("trl", minversion="1.16")
     words = export_plan(make_plan("trl", **knobs), "trl").keywords
     config = trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, **words)
     assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (4, 8)
@@ -59,7 +59,7 @@ def test_accelerate_reads_its_yaml(tmp_path: Path) -> None:
 
 
 def test_trl_script_trains_two_steps(tiny_model: Path, tmp_path: Path, run_script) -> None:
-    pytest.importorskip("trl", minversion="1.15")
+    pytest.importorskip("trl", minversion="1.16")
     plan = make_plan("trl", activation_checkpointing="selective", **SMALL)
     write_export(export_plan(plan, "trl"), tmp_path)
     done = run_script(["train.py", "--model", str(tiny_model), "--max-steps", "2", "--output-dir", "out"])
@@ -71,7 +71,7 @@ def test_trl_script_trains_two_steps(tiny_model: Path, tmp_path: Path, run_scrip
 
 
 def test_scripts_refuse_in_one_line(tiny_model: Path, tmp_path: Path, run_script) -> None:
-    pytest.importorskip("trl", minversion="1.15")
+    pytest.importorskip("trl", minversion="1.16")
     write_export(export_plan(make_plan("trl", method="qlora"), "trl"), tmp_path)
     several = run_script(["train.py"], WORLD_SIZE="2", RANK="0")
     assert several.returncode == 2
@@ -155,7 +155,7 @@ def test_only_completions_are_targets(accelerate_script: ModuleType, tiny_model:
     ],
 )
 def test_other_scripts_train_two_steps(target: str, knobs: dict, tiny_model: Path, tmp_path: Path, run_script) -> None:
-    pytest.importorskip("trl", minversion="1.15")
+    pytest.importorskip("trl", minversion="1.16")
     write_export(export_plan(make_plan(target, **SMALL, **knobs), target), tmp_path)
     done = run_script(["train.py", "--model", str(tiny_model), "--max-steps", "2", "--output-dir", "out"])
     assert done.returncode == 0, done.stderr[-2000:]
@@ -165,7 +165,7 @@ def test_other_scripts_train_two_steps(target: str, knobs: dict, tiny_model: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["trl", "transformers", "accelerate"])
 def test_two_ranks_train(target: str, tiny_model: Path, tmp_path: Path, run_script) -> None:
-    pytest.importorskip("trl", minversion="1.15")
+    pytest.importorskip("trl", minversion="1.16")
     write_export(export_plan(make_plan(target, **SMALL, **with_ranks(target, 2)), target), tmp_path)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = ["train.py", "--model", str(tiny_model), "--max-steps", "2", "--output-dir", "out"]

@@ -17,35 +17,30 @@ from brim.tables.dialects import list_dialects
 from brim.tables.read import list_optimizers
 
 DIALECTS = [pytest.param(row, id=f"{row.target}-{row.name}") for row in list_dialects()]
-KNOBS = {
-    "micro_batch_size": st.integers(1, 512),
-    "gradient_accumulation_steps": st.integers(1, 4096),
-    "activation_checkpointing": st.sampled_from(["none", "selective", "full"]),
-    "attention_kernel": st.sampled_from(["eager", "sdpa", "flash"]),
-    "optimizer_kernel": st.sampled_from(["loop", "foreach", "fused"]),
-    "padding_free": st.booleans(),
-    "activation_offload": st.booleans(),
-    "allocator": st.sampled_from(["native", "expandable_segments"]),
-    "compile": st.booleans(),
-    "offload": st.sampled_from(["none", "optimizer", "parameters"]),
-}
+NAMED = [(row.name, kernel) for row in list_optimizers() for kernel in row.hf]
+"""Optimizers with a kernel that HF has a name for."""
 
 
 @st.composite
 def plans(draw, row):
-    knobs = {name: draw(values) for name, values in KNOBS.items()}
-    knobs["loss_kernel"] = draw(st.sampled_from(sorted(row.loss_kernels)))
-    knobs["layer_kernels"] = draw(st.sampled_from(row.layer_kernels))
-    knobs["zero_stage"] = draw(st.sampled_from(row.zero_stages))
-    ranks = draw(st.sampled_from([1, 2, 8]))
-    knobs["mesh"] = Mesh(dp_shard=ranks) if knobs["zero_stage"] else Mesh(dp_replicate=ranks)
-    if knobs["offload"] not in row.offloads:
-        knobs["offload"] = "none"
+    """Draw a plan, mostly of what the dialect can express; what it cannot is refused and passed over."""
+
+    def pick(*values):
+        return draw(st.sampled_from(values))
+
+    optimizer, kernel = pick(*NAMED)
+    stage, ranks = pick(*row.zero_stages), pick(1, 2, 8)
     plan = make_plan(
-        row.target, method=draw(st.sampled_from(["full", "lora", "qlora"])), seq_len=draw(st.sampled_from([256, 4096])),
-        packing=row.packing and draw(st.booleans()), **knobs,
+        row.target, method=pick("full", "lora", "qlora"), seq_len=pick(256, 4096),
+        packing=row.packing and pick(True, False), micro_batch_size=draw(st.integers(1, 512)),
+        gradient_accumulation_steps=draw(st.integers(1, 4096)),
+        activation_checkpointing=pick(*row.checkpointing_kinds), attention_kernel=pick("eager", "sdpa", "flash"),
+        optimizer_kernel=kernel, loss_kernel=pick(*row.loss_kernels), layer_kernels=pick(*row.layer_kernels),
+        padding_free=row.padding_free and pick(True, False), allocator=pick("native", "expandable_segments"),
+        activation_offload=bool(row.activation_offload) and pick(True, False),
+        compile=row.compile and pick(True, False),
+        zero_stage=stage, offload=pick(*row.offloads), mesh=Mesh(dp_shard=ranks) if stage else Mesh(dp_replicate=ranks),
     )  # fmt: skip
-    optimizer = draw(st.sampled_from([optimizer.name for optimizer in list_optimizers()]))
     recipe = replace(plan.workload.recipe, optimizer=optimizer)
     return replace(plan, workload=replace(plan.workload, recipe=recipe))
 
@@ -54,7 +49,7 @@ def plans(draw, row):
 def test_reading_an_export_gives_the_strategy_back(row) -> None:
     seen = []
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=60, deadline=None)
     @given(plan=plans(row))
     def check(plan) -> None:
         try:
@@ -66,4 +61,4 @@ def test_reading_an_export_gives_the_strategy_back(row) -> None:
         compile(export.files[0].text, "train.py", "exec")
 
     check()
-    assert seen, "every drawn plan was refused"
+    assert len(seen) >= 5, "nearly every drawn plan was refused"

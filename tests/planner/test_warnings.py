@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from planner_toys import GIB, make_job, toy_answerer
 
+from brim.planner.answerer import answer_by_rule
 from brim.planner.plan import plan_workload
 
 ROOMY = toy_answerer(base_bytes=GIB, budget_bytes=2000 * GIB)
@@ -40,6 +42,8 @@ def warnings(**options: Any) -> dict[str, str]:
         ({"model": "mistralai/Mixtral-8x7B-v0.1", "method": "qlora"}, "experts_unquantised",
          "transformers 5 keeps all experts of a layer in one parameter, which bitsandbytes leaves in 16 bit: "
          "mistralai/Mixtral-8x7B-v0.1 is hardly smaller in nf4"),
+        ({"gpu": "mi300x", "method": "qlora"}, "bitsandbytes_on_amd",
+         "mi300x needs the ROCm build of bitsandbytes for quantised weights and 8-bit or paged optimizers"),
         ({"packing": True, "dataset_size": 5000}, "packed_steps",
          "packing joins the 5,000 sequences into fewer, longer ones; how many is known only after tokenising, so "
          "steps per epoch are not counted"),
@@ -51,6 +55,32 @@ def test_a_warning_has_the_numbers(options: dict[str, Any], code: str, text: str
         assert found[code].endswith("are optimizer states (adamw); they appear after the first optimizer step")
     else:
         assert found[code] == text
+
+
+def test_fragmentation_is_named_when_reserved_does_not_fit() -> None:
+    job = make_job()
+    tight = replace(ROOMY, estimate=lambda *given: replace(
+        ROOMY.estimate(*given), peak_reserved_bytes=25 * GIB, device_bytes=26 * GIB
+    ))  # fmt: skip
+    (warning,) = (
+        warning
+        for warning in plan_workload(job.workload, job.fixed, tight).warnings
+        if warning.code == "fragmentation"
+    )
+    assert warning.text == (
+        "the allocator may hold 25.00 GiB and the process 26.00 GiB of 24.00 GiB: set "
+        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True against fragmentation"
+    )
+
+
+def test_the_rule_says_what_it_leaves_out() -> None:
+    job = make_job(gpu="80GB:8", method="lora")
+    plan = plan_workload(job.workload, job.fixed, answer_by_rule())
+    codes = {warning.code: warning.text for warning in plan.warnings}
+    assert codes["rule_of_thumb"] == (
+        "the rule of thumb leaves out optimizer states, gradients and logits; by formula counts them. It spreads the "
+        "weights over 8 devices, while every rank of this plan holds all of them"
+    )
 
 
 def test_pure_bf16_is_named_only_where_it_is() -> None:

@@ -61,7 +61,10 @@ def describe(
     Examples:
       brim plan meta-llama/Llama-3.1-8B --method qlora --gpu rtx-4090
       brim estimate 7B --gpu 24GiB --micro-batch-size 4 --by rule,formula
-      brim plan 7B --gpu a100-80gb:8 --out plan.json --export trl
+      brim plan 7B --gpu h100:8 --out plan.json --export trl
+
+    Exit codes: 0 done, 2 bad input, 3 does not fit, 4 a proof failed, 5 a probe failed, 6 hub not reachable,
+    1 our bug.
     """
 
 

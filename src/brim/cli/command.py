@@ -65,7 +65,7 @@ def read_field_docs(kind: type) -> dict[str, str]:
     body = ast.parse(inspect.getsource(kind)).body[0]
     pairs = zip(body.body, body.body[1:], strict=False) if isinstance(body, ast.ClassDef) else ()
     return {
-        field.target.id: doc.value.value
+        field.target.id: str(doc.value.value)
         for field, doc in pairs
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
         and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)

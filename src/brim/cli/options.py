@@ -139,4 +139,3 @@ def _parameter(name: str, kind: Any, default: Any) -> inspect.Parameter:
 
 def _dashed(name: str) -> str:
     return "--" + name.replace("_", "-")
-

@@ -31,7 +31,7 @@ def run_plan(
     Examples:
       brim plan meta-llama/Llama-3.1-8B --method qlora --gpu rtx-4090
       brim plan 7B --gpu 24GiB --seq-len 4096 --effective-batch-size 64
-      brim plan ./my-model --method full --gpu a100-sxm-80gb:8 --out plan.json
+      brim plan ./my-model --method full --gpu h100:8 --out plan.json
       brim plan 7B --gpu auto --export trl --export-dir run
     """
     from brim import api

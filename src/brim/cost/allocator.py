@@ -56,12 +56,14 @@ class CachingAllocator:
 
     def allocate(self, key: int, size_bytes: int) -> None:
         """Take a block for `size_bytes` under a name of the caller's."""
-        size = max(_ROUND, -(-size_bytes // _ROUND) * _ROUND)
+        size = -(-size_bytes // _ROUND) * _ROUND or _ROUND
         small = size <= _SMALL_REQUEST
         pool = self._free[small]
         index = bisect_left(pool, (size,))
         block = pool.pop(index)[2] if index < len(pool) else self._reserve(size, small)
-        self._split(block, size)
+        rest = block.size - size
+        if rest >= _ROUND if small else rest > _SMALL_REQUEST:
+            self._split(block, size, rest)
         block.free = False
         self._blocks[key] = block
         self.allocated_bytes += block.size
@@ -78,9 +80,13 @@ class CachingAllocator:
             block = self._join(before, block)
         if after is not None and after.free:
             self._take(after)
-            block = self._join(block, after)
+            self._join(block, after)
         block.free = True
         insort(self._free[block.small], (block.size, block.address, block))
+
+    def rename(self, key: int, new_key: int) -> None:
+        """Call a block by another name from now on: storages pass from one caller to the next."""
+        self._blocks[new_key] = self._blocks.pop(key)
 
     def _reserve(self, size: int, small: bool) -> _Block:
         if self._expandable:
@@ -116,17 +122,14 @@ class CachingAllocator:
             self.reserved_bytes -= sum(entry[0] for entry in pool) - sum(entry[0] for entry in kept)
             self._free[small] = kept
 
-    def _split(self, block: _Block, size: int) -> None:
-        rest = block.size - size
-        if rest < _ROUND if block.small else rest <= _SMALL_REQUEST:
-            return
+    def _split(self, block: _Block, size: int, rest: int) -> None:
         tail = _Block(block.address + size, rest, block.small)
-        tail.before, tail.after = block, block.after
+        tail.before, tail.after, tail.free = block, block.after, True
         if tail.after is not None:
             tail.after.before = tail
         if self._ends[block.small] is block:
             self._ends[block.small] = tail
-        block.after, block.size, tail.free = tail, size, True
+        block.after, block.size = tail, size
         insort(self._free[block.small], (rest, tail.address, tail))
 
     def _take(self, block: _Block) -> None:

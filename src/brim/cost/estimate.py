@@ -15,17 +15,13 @@ from typing import NamedTuple
 from brim.cost.blocks import Block, cost_head, cost_layer
 from brim.cost.calibration import margin_bytes
 from brim.cost.ledger import Estimate, Ledger, Moment
-from brim.cost.layers import mask_bytes
-from brim.cost.overhead import context_bytes, workspace_bytes
+from brim.cost.overhead import context_bytes, input_bytes, workspace_bytes
 from brim.cost.setting import Setting, read_setting
 from brim.cost.states import States, count_states, layer_gradient_bytes, step_temporaries_bytes
 from brim.cost.tape import ZERO, Instant, Size, fixed, per_token
 from brim.spec.model import LayerGroup
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
-
-_INPUT_BYTES_PER_TOKEN = 3 * 8  # token ids, labels and mask, int64
-_BATCHES_AHEAD = 2  # accelerate's loader has moved the next micro-batch when this one runs
 
 
 class Rows(NamedTuple):
@@ -115,7 +111,7 @@ def _profile(parts: _Parts) -> Profile:
     workload = parts.workload
     rows = tuple(_moments(parts))
     overhead = workspace_bytes(workload.cluster.device)
-    inputs = per_token(_INPUT_BYTES_PER_TOKEN * _BATCHES_AHEAD) + mask_bytes(parts.setting)
+    inputs = input_bytes(parts.setting)
     always = fixed(parts.states.parameters_bytes + overhead) + inputs
     totals = {tuple(row.total + always) for row in rows}
     kept = [one for one in totals if not any(_dominates(other, one) for other in totals)]

@@ -5,7 +5,8 @@ The logits chain is often the peak: one sequence of 4,096 tokens times 128,256 v
 
 from __future__ import annotations
 
-from brim.cost.layers import normalise, project
+from brim.cost.norms import normalise
+from brim.cost.projection import project
 from brim.cost.setting import Setting
 from brim.cost.tape import ZERO, Tape, Tensor, fixed, per_token
 from brim.spec.model import Linear, ModelShape

@@ -1,12 +1,23 @@
-"""What a process takes besides the model: library workspaces inside the allocator, the context outside it."""
+"""What a process takes besides the model: inputs and library workspaces in the allocator, the context outside it."""
 
 from __future__ import annotations
 
+from brim.cost.layers import mask_bytes
+from brim.cost.setting import Setting
+from brim.cost.tape import Size, per_token
 from brim.spec.device import Device
 from brim.units import KIB, MIB
 
+_INPUT_BYTES_PER_TOKEN = 3 * 8  # token ids, labels and mask, int64
+_BATCHES_AHEAD = 2  # accelerate's loader has moved the next micro-batch when this one runs
+
 _CONTEXT_MIB_PER_CAPABILITY = {5: 180, 6: 200, 7: 310, 8: 420, 9: 520, 10: 560, 12: 480}
 _DEFAULT_CONTEXT_MIB = 450
+
+
+def input_bytes(setting: Setting) -> Size:
+    """Return the bytes of the micro-batch on the device, the next one and the attention mask included."""
+    return per_token(_INPUT_BYTES_PER_TOKEN * _BATCHES_AHEAD) + mask_bytes(setting)
 
 
 def workspace_bytes(device: Device) -> int:

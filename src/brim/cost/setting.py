@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from brim.cost.modeling import Modeling, find_modeling
 from brim.errors import UnsupportedModel
-from brim.spec.model import Linear, NormKind
+from brim.spec.model import Attention, Linear, ModelShape, NormKind
 from brim.spec.recipe import Lora, Quantization, Recipe
 from brim.spec.strategy import AttentionKernel, Strategy
 from brim.spec.workload import Workload
@@ -59,6 +60,18 @@ class Setting:
     """Whether keys and values are repeated to all heads."""
     fused_experts: bool
     """Whether experts are one 3-D parameter that is neither quantised nor adapted."""
+    num_masks: int
+    """Attention masks the model builds once for all layers: for full attention, for windows."""
+    code: Modeling
+    """How transformers writes the architecture."""
+
+    def masks(self, attention: Attention) -> bool:
+        """Whether a mask reaches SDPA in this attention block: padding, or a window shorter than the sequence.
+
+        Source: transformers masking_utils.py _ignore_causal_mask_sdpa.
+        """
+        window = attention.sliding_window
+        return self.attention == "sdpa" and (self.masked or (window is not None and self.seq_len >= window))
 
     def adapts(self, linear: Linear) -> bool:
         """Whether this matrix has an adapter."""
@@ -75,20 +88,39 @@ def read_setting(workload: Workload, strategy: Strategy) -> Setting:
     kernels, quantised = find_kernels(strategy.layer_kernels), recipe.quantization is not None
     if lora is not None and lora.use_dora:
         raise UnsupportedModel(model=workload.model.name, what="the DoRA adapters")
-    return Setting(
+    code = find_modeling(workload.model.model_type)
+    setting = Setting(
         compute_bytes=compute_bytes(recipe), residual_bytes=residual_bytes(recipe),
         weight_bytes=DTYPE_BYTES[recipe.weight_dtype], autocast=recipe.autocast,
         trains_base=recipe.method == "full", quantization=recipe.quantization,
         adapter_rank=lora.r if lora else 0, adapter_bytes=DTYPE_BYTES[lora.dtype] if lora else 0,
         adapter_targets=frozenset(lora.target_modules) if lora else frozenset(),
-        adapter_dropout=bool(lora and lora.dropout), attention=strategy.attention_kernel,
+        adapter_dropout=bool(lora and lora.dropout), attention=attention_kernel(strategy.attention_kernel, code),
         fused_norm=kernels.norm, fused_rotary=kernels.rotary,
         fused_gate=kernels.gate == "always" or (kernels.gate == "adapted" and _adapts_mlp(lora)),
         fused_adapters=kernels.adapters == "always" or (kernels.adapters == "quantised" and quantised),
         loss_in_place=kernels.loss_in_place, seq_len=workload.model.sequence_tokens or workload.data.seq_len,
         masked=is_masked(workload, strategy), repeats_kv=recipe.engine.repeats_kv,
-        fused_experts=recipe.engine.fused_experts,
+        fused_experts=recipe.engine.fused_experts, num_masks=0, code=code,
     )  # fmt: skip
+    return replace(setting, num_masks=_count_masks(workload.model, setting))
+
+
+def attention_kernel(wanted: AttentionKernel, code: Modeling) -> AttentionKernel:
+    """Return the kernel that runs: the wanted one if the architecture's code has it."""
+    if wanted == "flash" and not code.has_flash:
+        wanted = "sdpa"
+    return "eager" if wanted == "sdpa" and not code.has_sdpa else wanted
+
+
+def _count_masks(shape: ModelShape, setting: Setting) -> int:
+    """Masks built once for all layers: eager attention always adds one where it is causal or padded."""
+    blocks = [group.attention for group in shape.groups if group.stack in ("decoder", "encoder")]
+    if setting.attention == "eager":
+        blocks = [block for block in blocks if setting.masked or block.causal or block.sliding_window]
+    else:
+        blocks = [block for block in blocks if setting.masks(block)]
+    return len({block.sliding_window is None for block in blocks})
 
 
 def _adapts_mlp(lora: Lora | None) -> bool:

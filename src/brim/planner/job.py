@@ -10,6 +10,7 @@ from brim.planner.batch import BatchRequest, choose_batch
 from brim.planner.candidates import STRATEGY_FIELDS, Fixed
 from brim.planner.options import JobOptions
 from brim.planner.recipe import choose_recipe
+from brim.planner.rules import is_causal
 from brim.spec.data import DataProfile
 from brim.spec.device import Cluster
 from brim.spec.model import ModelShape
@@ -39,9 +40,9 @@ def build_job(shape: ModelShape, cluster: Cluster, options: JobOptions) -> Job:
         IndivisibleBatch, InvalidInput: numbers that cannot be meant.
     """
     said: list[str] = []
-    trainer = find_trainer(options.trainer or "trl")
+    trainer = find_trainer(options.trainer or ("trl" if is_causal(shape) else "transformers"))
     if options.trainer is None:
-        said.append("trainer trl")
+        said.append(f"trainer {trainer.name}")
     task = find_task(options.task or "instruction-tuning")
     if options.task is None:
         said.append("task instruction-tuning")

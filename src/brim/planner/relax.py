@@ -60,8 +60,11 @@ def refuse_unfit(workload: Workload, fixed: Fixed, answerer: Answerer, found: Fo
     moment = answerer.moment(workload, smallest.strategy)
     gap_bytes = smallest.peak_bytes - found.budget_bytes
     relaxations = list_relaxations(workload, fixed, answerer)
+    verdict = _verdict(workload, found, moment, gap_bytes)
+    if not relaxations:
+        verdict += "; no method, length or card that brim knows makes it fit one device"
     raise DoesNotFit(
-        _verdict(workload, found, moment, gap_bytes), gap_bytes=gap_bytes, at_moment=moment, relaxations=relaxations,
+        verdict, gap_bytes=gap_bytes, at_moment=moment, relaxations=relaxations,
         peak_allocated_bytes=smallest.peak_bytes, budget_bytes=found.budget_bytes, source=answerer.source,
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from brim.planner.batch import ranks_text
 from brim.spec.device import Device
+from brim.spec.model import ModelShape
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
 from brim.tables.dialects import list_dialects
@@ -26,6 +27,8 @@ FLASH_CAPABILITY = (8, 0)
 """Ampere and newer. Source: flash-attn README."""
 BF16_CAPABILITY = (8, 0)
 """Native bf16 products. Source: CUDA C++ programming guide, table of compute capabilities."""
+CAUSAL_TRAINERS = frozenset({"trl", "unsloth"})
+"""Trainers whose loss is the next token's. Source: trl 1.16 trainer/sft_trainer.py, unsloth FastLanguageModel."""
 INT8_CAPABILITY = (7, 5)
 """int8 tensor cores, which LLM.int8 needs. Source: bitsandbytes README, hardware table."""
 
@@ -123,6 +126,20 @@ def checkpointing_words(workload: Workload, strategy: Strategy) -> str | None:
     return f"{trainer} has no setting for {kind} checkpointing; use {' or '.join(reversed(kinds))}"
 
 
+def is_causal(model: ModelShape) -> bool:
+    """Whether a model predicts the next token from those before: no encoder, and a head over the vocabulary."""
+    text = [group for group in model.groups if group.stack not in ("vision", "audio")]
+    return bool(text and model.head and model.vocab_size) and all(group.attention.causal for group in text)
+
+
+def causal_trainer(workload: Workload, strategy: Strategy) -> str | None:
+    """TRL's and Unsloth's supervised trainers train causal language models only."""
+    trainer, model = _trainer(workload).name, workload.model
+    if trainer not in CAUSAL_TRAINERS or is_causal(model):
+        return None
+    return f"{trainer} trains causal language models, {model.name} is a {model.architecture}; use --trainer transformers"
+
+
 def loss_kernel(workload: Workload, strategy: Strategy) -> str | None:
     """Each trainer has its own way from logits to loss."""
     known = _trainer(workload).loss_kernels
@@ -165,7 +182,7 @@ def _offload_too_short(workload: Workload) -> str | None:
 
 
 RULES: tuple[Rule, ...] = (
-    whole_batch, mesh_spans_devices, only_replicas, bf16_card, int8_card, flash_attention, sdpa_attention,
+    whole_batch, causal_trainer, mesh_spans_devices, only_replicas, bf16_card, int8_card, flash_attention, sdpa_attention,
     checkpointing_words, loss_kernel, layer_kernels, optimizer_kernel, activation_offload,
 )  # fmt: skip
 

@@ -11,6 +11,7 @@ from brim.planner.rules import BF16_CAPABILITY
 from brim.spec.model import Moe
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
+from brim.tables.read import find_optimizer
 from brim.units import format_size
 
 FEW_STEPS = 100
@@ -151,6 +152,17 @@ def _loss_scaling(facts: _Facts) -> Iterator[PlanWarning]:
     )
 
 
+def _bitsandbytes_on_amd(facts: _Facts) -> Iterator[PlanWarning]:
+    recipe, device = facts.workload.recipe, facts.workload.cluster.device
+    optimizer = find_optimizer(recipe.optimizer)
+    if device.vendor == "amd" and (recipe.quantization or optimizer.block_bytes or optimizer.paged):
+        yield PlanWarning(
+            code="bitsandbytes_on_amd",
+            text=f"{device.name} needs the ROCm build of bitsandbytes for quantised weights and 8-bit or paged "
+            "optimizers",
+        )
+
+
 def _padding(facts: _Facts) -> Iterator[PlanWarning]:
     data = facts.workload.data
     if data.packing or facts.workload.model.sequence_tokens is not None:
@@ -174,5 +186,5 @@ def _packed_steps(facts: _Facts) -> Iterator[PlanWarning]:
 
 _WARNINGS: tuple[Callable[[_Facts], Iterator[PlanWarning]], ...] = (
     _rule_of_thumb, _batch_range, _few_steps, _positions, _fragmentation, _pure_bf16, _optimizer_state,
-    _experts_unquantised, _loss_scaling, _padding, _packed_steps,
+    _experts_unquantised, _loss_scaling, _bitsandbytes_on_amd, _padding, _packed_steps,
 )  # fmt: skip

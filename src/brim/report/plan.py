@@ -110,11 +110,9 @@ def _draw_memory(plan: Plan) -> Table:
 
 def _describe_limit(plan: Plan) -> str:
     estimate, device = plan.estimate, plan.workload.cluster.device
-    where = f" ({estimate.peak_moment})" if estimate.moments else ""
-    words = (
-        f"tensors peak at {format_size(estimate.peak_allocated_bytes)}{where}, "
-        f"and may take {format_size(plan.budget_bytes)} (the mark)"
-    )
+    where = f" at {estimate.peak_moment}" if estimate.moments else ""
+    peak, limit = format_size(estimate.peak_allocated_bytes), format_size(plan.budget_bytes)
+    words = f"tensors: {peak}{where}, at most {limit} (the mark)"
     free = f"; only what is free now counts, of {format_size(device.capacity_bytes)}"
     return words + (free if device.free_bytes is not None else "")
 

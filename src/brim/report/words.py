@@ -19,7 +19,7 @@ _SPLIT = {"micro_batch_size", "gradient_accumulation_steps", "mesh"}
 
 def describe_recipe(recipe: Recipe) -> str:
     """Return method, storage and precision, for example `QLoRA (nf4, r 16)`."""
-    details = []
+    details: list[str] = []
     if recipe.quantization is not None:
         details.append(recipe.quantization.kind)
     if recipe.lora is not None:

@@ -244,9 +244,14 @@ def find_device(name: str) -> Device:
     return _device(_find("GPU", name, rows, hint="`brim gpus` lists all; a size such as 24GiB works too"))
 
 
+@cache
+def _link_rows() -> tuple[Row, ...]:
+    return tuple(_toml_rows("links.toml", "link"))
+
+
 def find_link(name: str) -> Link:
     """Return the link of that name; raises UnknownName."""
-    rows = _toml_rows("links.toml", "link")
+    rows = _link_rows()
     row = _find("link", name, ((row["name"], (), row) for row in rows))
     return Link(name=row["name"], bytes_per_second=row["bus_bytes_per_second"], latency_seconds=row["latency_seconds"])
 

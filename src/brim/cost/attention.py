@@ -1,0 +1,185 @@
+"""Tapes of attention: projections, positions, and the kernel.
+
+Read from transformers 5.23 models/*/modeling_*.py and integrations/sdpa_attention.py, and torch 2.13.
+Leaves out: attention dropout, which only pre-2020 architectures train with.
+"""
+
+from __future__ import annotations
+
+from brim.cost.norms import normalise
+from brim.cost.projection import project
+from brim.cost.setting import Setting
+from brim.cost.tape import Tape, Tensor, fixed, per_token
+from brim.spec.model import Attention, NormKind
+
+_WIDEST_GROUPED_HEAD = 256  # integrations/sdpa_attention.py use_gqa_in_sdpa
+
+
+def attend(
+    tape: Tape, attention: Attention, setting: Setting, x: Tensor, kind: NormKind, *, crosses: bool = False
+) -> Tensor:
+    """Record the attention block and return the output projection's result.
+
+    Args:
+        x: what queries, keys and values are projected from.
+        kind: the layer's kind of normalisation, which query and key norms share.
+        crosses: whether keys and values come from another stack.
+    """
+    if attention.latent:
+        q, k, v = _latent_inputs(tape, attention, setting, x)
+    else:
+        q, k, v = _plain_inputs(tape, attention, setting, x, kind)
+    context = _attention_kernel(tape, attention, setting, q, k, v, crosses=crosses)
+    return project(tape, context, attention.linears[-1], setting)
+
+
+def _plain_inputs(
+    tape: Tape, attention: Attention, setting: Setting, x: Tensor, kind: NormKind
+) -> tuple[Tensor, Tensor, Tensor]:
+    c, heads, kv_heads = setting.compute_bytes, attention.num_attention_heads, attention.num_key_value_heads
+    made = [project(tape, x, linear, setting) for linear in attention.linears[:-1]]
+    if len(made) == 1:  # one fused matrix: heads are views of it, rotation copies them out
+        made = [made[0], made[0], made[0]]
+    q, k = (
+        _position(tape, _head_norm(tape, tensor, size, parts, attention, setting, kind), size, attention, setting)
+        for tensor, size, parts in ((made[0], attention.q_size, heads), (made[1], attention.k_size, kv_heads))
+    )
+    v = made[-1]
+    if v.size.per_token > c * attention.v_size and setting.attention != "eager" and not attention.rotary:
+        return q, q, q  # nothing was copied out of the fused projection: one storage serves all three
+    return q, k, v
+
+
+def _latent_inputs(tape: Tape, attention: Attention, setting: Setting, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (optionally through a latent) and keys/values expanded from a shared latent.
+
+    Source: modeling_deepseek_v3.py DeepseekV3Attention: rotated and plain parts are concatenated into new
+    query and key tensors; values are a view of the expansion.
+    """
+    c = setting.compute_bytes
+    *queries, kv_down, kv_up = attention.linears[:-1]
+    q = x
+    for index, linear in enumerate(queries):
+        q = project(tape, q, linear, setting)
+        if index + 1 < len(queries):
+            q = normalise(tape, q, linear.out_features, "rmsnorm", setting)
+    squeezed = tape.op("latent", [project(tape, x, kv_down, setting)], per_token(c * kv_up.in_features), passes_grad=True)
+    latent = normalise(tape, squeezed, kv_up.in_features, "rmsnorm", setting)
+    expanded = project(tape, latent, kv_up, setting)
+    q = tape.op("query concat", [q], per_token(c * attention.q_size))
+    k = tape.op("key concat", [expanded], per_token(c * attention.k_size))
+    return q, k, expanded
+
+
+def _head_norm(
+    tape: Tape, x: Tensor, size: int, heads: int, attention: Attention, setting: Setting, kind: NormKind
+) -> Tensor:
+    if attention.qk_norm == "none":
+        return x
+    return normalise(tape, x, size, kind, setting, parts=heads if attention.qk_norm == "head" else 1)
+
+
+def _position(tape: Tape, x: Tensor, size: int, attention: Attention, setting: Setting) -> Tensor:
+    """Rotary embedding: two products, a rotated copy and a sum; only cosines are kept."""
+    c = setting.compute_bytes
+    out = per_token(c * size)
+    if not attention.rotary:
+        return tape.op("attention cast", [x], out) if x.size == per_token(4 * size) and c < 4 else x
+    if setting.fused_rotary and x.size == out:
+        return x  # rotated in place
+    return tape.op("rotary", [x], out, scratch=out.times(2), grad_scratch=out.times(2))
+
+
+def _attention_kernel(
+    tape: Tape, attention: Attention, setting: Setting, q: Tensor, k: Tensor, v: Tensor, *, crosses: bool
+) -> Tensor:
+    c, heads = setting.compute_bytes, attention.num_attention_heads
+    grouped = attention.num_key_value_heads < heads
+    wide_head = setting.attention == "sdpa" and attention.head_dim > _WIDEST_GROUPED_HEAD
+    repeats = grouped and (
+        setting.repeats_kv or setting.attention == "eager" or setting.masks(attention) or wide_head
+    )
+    if repeats:
+        k = tape.op("repeat keys", [k], per_token(c * attention.q_size))
+        v = tape.op("repeat values", [v], per_token(c * attention.out_size))
+    if setting.attention == "eager":
+        return _eager(tape, attention, setting, q, k, v)
+    # Source: torch aten/native/transformers/cuda/flash_attn: out, log-sum-exp per head kept; backward holds an fp32
+    # query gradient, a row sum, and under grouped queries key/value gradients of every head before they are reduced.
+    expanded = 2 * c * attention.q_size if grouped and not repeats else 0
+    lse = tape.op("attention lse", (), per_token(4 * heads), saves_output=True, needs_grad=True)
+    biased = setting.code.position_bias and not crosses
+    bias = _position_bias(tape, attention, setting) if biased else _additive_mask(tape, attention, setting)
+    bias_grad = c * heads * setting.seq_len if biased else 0
+    return tape.op(
+        "attention", [q, k, v], per_token(c * attention.out_size), saves=[q, k, v, lse, *bias], saves_output=True,
+        grad_scratch=per_token(4 * attention.q_size + 4 * heads + expanded + bias_grad),
+    )  # fmt: skip
+
+
+def _additive_mask(tape: Tape, attention: Attention, setting: Setting) -> list[Tensor]:
+    """SDPA turns a boolean mask into an additive one in the compute dtype, for each layer anew, and keeps it.
+
+    Source: aten/native/transformers/attention.cpp convert_boolean_attn_mask; the efficient kernel saves its bias.
+    """
+    if not setting.masks(attention):
+        return []
+    size = per_token(setting.compute_bytes * setting.seq_len)
+    return [tape.op("attention mask", (), size, saves_output=True, needs_grad=True)]
+
+
+def _position_bias(tape: Tape, attention: Attention, setting: Setting) -> list[Tensor]:
+    """A bias per head and pair of positions, laid out anew in each layer for all sequences together.
+
+    Source: integrations/sdpa_attention.py create_position_bias_mask; a causal pattern is folded in with `where`.
+    """
+    pairs = setting.seq_len**2
+    size = setting.compute_bytes * attention.num_attention_heads * pairs
+    kept = [tape.op("position bias", (), fixed(size), saves_output=True, needs_grad=True)]
+    if attention.causal:
+        kept.append(tape.op("position pattern", (), fixed(pairs), saves_output=True, needs_grad=True))
+    return kept
+
+
+def _eager(tape: Tape, attention: Attention, setting: Setting, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scores materialised: product, scale, mask, softmax (kept), 16-bit copy (kept), product.
+
+    Source: models/llama, gpt2, gemma2, gpt_oss modeling files, eager_attention_forward.
+    """
+    c, heads = setting.compute_bytes, attention.num_attention_heads
+    seen, code = heads * setting.seq_len, setting.code
+    q, k, v = (
+        _own_storage(tape, tensor, c * size)
+        for tensor, size in ((q, attention.q_size), (k, attention.k_size), (v, attention.v_size))
+    )
+    scores = tape.op("scores", [q, k], per_token(c * seen), saves=[q, k])
+    scaled = tape.op("scores scale", [scores], per_token(c * seen))
+    if code.softcap:
+        capped = tape.op("scores softcap", [scaled], per_token(c * seen))
+        capped = tape.op("scores tanh", [capped], per_token(c * seen), saves_output=True)
+        scaled = tape.op("scores uncap", [capped], per_token(c * seen))
+    scaled = tape.op("scores mask", [scaled], per_token(c * seen), passes_grad=True)
+    if attention.sinks:
+        seen += heads
+        joined = tape.op("scores and sinks", [scaled], per_token(c * seen))
+        highest = tape.op("scores maximum", (), per_token(8 * heads), saves_output=True, needs_grad=True)
+        scaled = tape.op("scores shifted", [joined], per_token(c * seen), saves=[highest])
+    size = per_token(_softmax_bytes(setting) * seen)
+    soft = tape.op("softmax", [scaled], size, saves_output=True, grad_scratch=size)
+    narrow = soft if size.per_token <= c * seen else tape.op("softmax cast", [soft], per_token(c * heads * setting.seq_len))
+    out = tape.op("attention", [narrow, v], per_token(c * attention.out_size), saves=[narrow, v])
+    return tape.op("attention transpose", [out], out.size)
+
+
+def _own_storage(tape: Tape, tensor: Tensor, size_bytes: int) -> Tensor:
+    """A matrix product of four dimensions copies what is a view of something wider."""
+    wider = tensor.size.per_token > size_bytes and not tensor.name.startswith("repeat")
+    return tape.op("attention copy", [tensor], per_token(size_bytes)) if wider else tensor
+
+
+def _softmax_bytes(setting: Setting) -> int:
+    """Bytes of an element of eager attention's softmax."""
+    kind = setting.code.softmax
+    if kind == "stream":
+        return setting.residual_bytes
+    return 4 if kind == "fp32" or setting.autocast else setting.compute_bytes

@@ -1,0 +1,120 @@
+"""Tapes of matrix products: casts, quantised weights, adapters.
+
+Read from peft 0.21 (tuners/lora/layer.py), bitsandbytes (autograd/_functions.py), torch 2.13 autograd formulas.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from brim.cost.setting import Setting
+from brim.cost.tape import ZERO, Size, Tape, Tensor, fixed, per_token
+from brim.spec.model import Linear
+
+
+def project(
+    tape: Tape, x: Tensor, linear: Linear, setting: Setting, *,
+    copies: int = 1, tokens: Fraction | int = 1, is_output: bool = False,
+) -> Tensor:  # fmt: skip
+    """Record one matrix product, with its adapter if it has one.
+
+    Args:
+        x: the input, `tokens x in_features` elements a token.
+        copies: matrices of this shape that run together (experts).
+        tokens: rows per token of the micro-batch (experts a token visits).
+        is_output: the output matrix, which loaders leave unquantised and `all-linear` leaves without adapter.
+    """
+    c = setting.compute_bytes
+    narrow = _cast_input(tape, x, linear, setting, tokens)
+    is_expert = copies > 1 and setting.fused_experts
+    quantised = setting.quantization is not None and not is_expert and not is_output
+    trains = setting.trains_base
+    working = _working_weight(linear, setting, quantised)
+    weight_copy = _cast_weight(tape, linear, setting, quantised, copies)
+    output = tape.op(
+        linear.name, [narrow], per_token(round(c * linear.out_features * tokens)),
+        saves=[*weight_copy, narrow] if trains or (quantised and _keeps_inputs(setting)) else weight_copy,
+        scratch=working, grad_scratch=working,
+        weight_grad=fixed(linear.num_parameters * copies * setting.weight_bytes) if trains else ZERO,
+    )  # fmt: skip
+    named = linear.name in setting.adapter_targets
+    if setting.adapts(linear) and not is_expert and (named or not is_output):
+        output = _adapt(tape, x, output, linear, setting, tokens)
+    return output
+
+
+def _keeps_inputs(setting: Setting) -> bool:
+    return setting.quantization is not None and setting.quantization.keeps_inputs
+
+
+def _cast_input(tape: Tape, x: Tensor, linear: Linear, setting: Setting, tokens: Fraction | int) -> Tensor:
+    """Under autocast each product makes its own 16-bit copy of an fp32 input (only weights are cached)."""
+    c = setting.compute_bytes
+    wide = x.size.per_token > round(c * linear.in_features * tokens)
+    needs = (setting.autocast or setting.quantization is not None) and wide
+    return tape.op(f"{linear.name} cast", [x], per_token(round(c * linear.in_features * tokens))) if needs else x
+
+
+def _working_weight(linear: Linear, setting: Setting, quantised: bool) -> Size:
+    """A quantised matrix is expanded for each product, forward and backward, and dropped at once."""
+    return fixed(linear.num_weights * setting.compute_bytes) if quantised else ZERO
+
+
+def _cast_weight(tape: Tape, linear: Linear, setting: Setting, quantised: bool, copies: int) -> list[Tensor]:
+    """Autocast keeps the 16-bit copy of an fp32 weight until backward: the product saves it.
+
+    Source: torch/csrc/autograd formulas: linear saves its weight operand, which is the cast copy.
+    """
+    if not setting.autocast or quantised or setting.weight_bytes <= setting.compute_bytes:
+        return []
+    size = fixed(linear.num_weights * copies * setting.compute_bytes)
+    return [tape.op(f"{linear.name} weight copy", (), size, saves_output=True, needs_grad=True)]
+
+
+def _adapt(tape: Tape, x: Tensor, base: Tensor, linear: Linear, setting: Setting, tokens: Fraction | int) -> Tensor:
+    """LoRA beside a matrix: down to the rank, up again, scaled, added.
+
+    Source: peft tuners/lora/layer.py Linear.forward: the input is cast to the adapter's dtype, the sum is made
+    in the wider dtype and cast back. Unsloth's fused form keeps only the input.
+    """
+    c, width = setting.compute_bytes, round(linear.out_features * tokens)
+    a = c if setting.autocast else setting.adapter_bytes
+    out = per_token(c * width)
+    if setting.fused_adapters:
+        dropped = [tape.op("adapter dropout", [x], x.size)] if setting.adapter_dropout else []
+        return tape.op("adapter", [*dropped, base], ZERO, saves=[x, *dropped], passes_grad=True)
+    source = _adapter_input(tape, x, linear, setting, tokens)
+    down = tape.op(
+        "adapter down", [source], per_token(round(a * setting.adapter_rank * tokens)),
+        saves=[source, *_cast_adapter(tape, linear.in_features, setting)],
+    )  # fmt: skip
+    up = tape.op(
+        "adapter up", [down], per_token(a * width), saves=[down, *_cast_adapter(tape, linear.out_features, setting)]
+    )
+    scaled = tape.op("adapter scale", [up], per_token(a * width))
+    if a == c:
+        return tape.op("adapter sum", [base, scaled], out, passes_grad=True)
+    wide = tape.op("adapter sum", [base, scaled], per_token(a * width), grad_scratch=out)
+    return tape.op("adapter narrow", [wide], out)
+
+
+def _cast_adapter(tape: Tape, width: int, setting: Setting) -> list[Tensor]:
+    """Autocast's 16-bit copy of an adapter's fp32 matrix, kept as every cast weight is."""
+    if not setting.autocast or setting.adapter_bytes <= setting.compute_bytes:
+        return []
+    size = fixed(setting.compute_bytes * setting.adapter_rank * width)
+    return [tape.op("adapter weight copy", (), size, saves_output=True, needs_grad=True)]
+
+
+def _adapter_input(tape: Tape, x: Tensor, linear: Linear, setting: Setting, tokens: Fraction | int) -> Tensor:
+    """The input in the adapter's dtype, dropped out; under autocast cast once more to 16 bit, a copy of its own."""
+    count = round(linear.in_features * tokens)
+    wanted, present = setting.adapter_bytes * count, x.size.per_token
+    source = tape.op("adapter cast", [x], per_token(wanted)) if wanted > present else x
+    if setting.adapter_dropout:
+        mask = tape.op("adapter mask", (), per_token(count), needs_grad=False)
+        source = tape.op("adapter dropout", [source], source.size, saves=[mask])
+    narrow = per_token(setting.compute_bytes * count)
+    if setting.autocast and source.size.per_token > narrow.per_token:
+        source = tape.op("adapter autocast", [source], narrow)
+    return source
