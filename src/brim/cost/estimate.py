@@ -43,6 +43,7 @@ class Profile(NamedTuple):
 
     parameters_bytes: int
     overhead_bytes: int
+    communication_bytes: int
     paged_bytes: int
     inputs: Size
     rows: tuple[Rows, ...]
@@ -86,6 +87,7 @@ def profile_strategy(workload: Workload, strategy: Strategy) -> Profile:
         id(workload), strategy.gradient_accumulation_steps > 1, strategy.micro_batch_size > 1,
         strategy.activation_checkpointing, strategy.attention_kernel, strategy.loss_kernel, strategy.optimizer_kernel,
         strategy.layer_kernels, strategy.padding_free, strategy.activation_offload,
+        strategy.mesh.data_parallel_size > 1,
     )  # fmt: skip
     found = _PROFILES.get(key)
     if found is not None and found[0] is workload:
@@ -112,10 +114,21 @@ def _profile(parts: _Parts) -> Profile:
     rows = tuple(_moments(parts))
     overhead = workspace_bytes(workload.cluster.device)
     inputs = input_bytes(parts.setting)
-    always = fixed(parts.states.parameters_bytes + overhead) + inputs
+    communication = _communication_bytes(parts)
+    always = fixed(parts.states.parameters_bytes + overhead + communication) + inputs
     totals = {tuple(row.total + always) for row in rows}
     kept = [one for one in totals if not any(_dominates(other, one) for other in totals)]
-    return Profile(parts.states.parameters_bytes, overhead, parts.states.paged_bytes, inputs, rows, tuple(kept))
+    return Profile(
+        parts.states.parameters_bytes, overhead, communication, parts.states.paged_bytes, inputs, rows, tuple(kept)
+    )
+
+
+def _communication_bytes(parts: _Parts) -> int:
+    """Replicas reduce gradients through buckets that together are as large as the gradients.
+
+    Source: torch/nn/parallel/distributed.py: `gradient_as_bucket_view` is False unless asked for.
+    """
+    return parts.states.gradients_bytes if parts.strategy.mesh.data_parallel_size > 1 else 0
 
 
 def _dominates(one: tuple[int, int], other: tuple[int, int]) -> bool:
@@ -272,7 +285,8 @@ def _moment(profile: Profile, row: Rows, tokens: int) -> Moment:
     ledger = Ledger(
         parameters=profile.parameters_bytes, gradients=row.gradients.at(tokens),
         optimizer_states=row.optimizer_states.at(tokens), activations=row.activations.at(tokens),
-        temporaries=row.temporaries.at(tokens), inputs=profile.inputs.at(tokens), overhead=profile.overhead_bytes,
+        temporaries=row.temporaries.at(tokens), communication=profile.communication_bytes,
+        inputs=profile.inputs.at(tokens), overhead=profile.overhead_bytes,
     )  # fmt: skip
     return Moment(name=row.name, ledger=ledger)
 

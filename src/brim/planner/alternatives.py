@@ -72,12 +72,15 @@ def _reject(workload: Workload, costed: Costed, best: Costed, budget_bytes: int,
 def _why_slower(costed: Costed, best: Costed) -> str:
     ratio = costed.cost / best.cost
     if abs(ratio - 1) <= TIE_FRACTION or ratio < 1:
-        return _why_not_equal(costed, best)
+        causes = _tie_causes(costed, best)
+        if causes or ratio <= 1 or costed.peak_bytes >= best.peak_bytes:
+            return f"as fast within {TIE_FRACTION:.0%}: {'; '.join(causes) or 'equal, and no power of two'}"
+        # Lower, yet not chosen: it lies outside the tie with the fastest, of which the chosen one is part.
     price = f"{ratio:.2f}x slower" if costed.seconds is not None else "slower (by how much is unknown)"
     return f"{price}: {'; '.join(_causes(costed.strategy, best.strategy)) or 'its kernels take longer'}"
 
 
-def _why_not_equal(costed: Costed, best: Costed) -> str:
+def _tie_causes(costed: Costed, best: Costed) -> list[str]:
     causes: list[str] = []
     if _recomputed(costed.strategy) > _recomputed(best.strategy):
         causes.append(f"{costed.strategy.activation_checkpointing} checkpointing, which is not needed")
@@ -85,7 +88,7 @@ def _why_not_equal(costed: Costed, best: Costed) -> str:
         causes.append("activations travel to host memory, which is not needed")
     if not causes and costed.peak_bytes > best.peak_bytes:
         causes.append(f"{format_size(costed.peak_bytes - best.peak_bytes)} more memory")
-    return f"as fast within {TIE_FRACTION:.0%}: {'; '.join(causes) or 'equal, and no power of two'}"
+    return causes
 
 
 def _causes(other: Strategy, best: Strategy) -> Sequence[str]:
