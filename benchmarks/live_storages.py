@@ -82,12 +82,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        q, k, v, out, lse, bias = ctx.saved_tensors
-        heads, width = q.shape[1], k.shape[1] != q.shape[1]
+        q, k, v, _, lse, bias = ctx.saved_tensors
         query_sum, rows = torch.empty(q.shape, dtype=torch.float32), torch.empty_like(lse)
-        wide = [torch.empty_like(q), torch.empty_like(q)] if width else []
+        wide = [torch.empty_like(q), torch.empty_like(q)] if k.shape[1] != q.shape[1] else []
         gradients = [torch.zeros_like(tensor) for tensor in (q, k, v)]
-        del query_sum, rows, wide, heads
+        del query_sum, rows, wide
         return *gradients, torch.zeros_like(bias) if ctx.needs_input_grad[3] else None, None, None
 
 

@@ -24,8 +24,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 import peft
 import torch
 import transformers
-from live_storages import CudaAutocast, LiveStorages, cuda_kernels
-from tiny_models import BATCH, FAMILIES, LENGTH, build_tiny, tiny_config, tiny_inputs
 
 from brim.cost.blocks import Block, cost_head, cost_layer
 from brim.cost.layers import record_layer
@@ -38,6 +36,8 @@ from brim.spec.recipe import Engine, Lora, Recipe
 from brim.spec.strategy import Strategy
 from brim.spec.workload import BatchTarget, Workload
 from brim.tables.read import find_device
+from live_storages import CudaAutocast, LiveStorages, cuda_kernels
+from tiny_models import BATCH, FAMILIES, LENGTH, build_tiny, tiny_config, tiny_inputs
 
 DEPTHS = (2, 4)
 RANK = 8
@@ -155,7 +155,9 @@ def measure_kept(family: str, case: Case, attention: str, depth: int) -> Kept:
     return kept
 
 
-def tape_blocks(family: str, case: Case, attention: str, depth: int) -> tuple[ModelShape, Setting, list[tuple[int, Block]], Block]:
+def tape_blocks(
+    family: str, case: Case, attention: str, depth: int
+) -> tuple[ModelShape, Setting, list[tuple[int, Block]], Block]:
     """Return brim's blocks of a tiny model: layers with their counts, and the head."""
     shape = read_tiny(tiny_config(family, depth, attention=attention))
     setting, workload = tiny_setting(shape, case, attention)
@@ -194,6 +196,41 @@ def describe(family: str, case: Case, attention: str, found: Comparison) -> str:
     return "\n".join(lines)
 
 
+def write_row(family: str, case: Case, attention: str, found: Comparison) -> str:
+    """Return a row of the table, bytes per token."""
+    shape = read_tiny(tiny_config(family, DEPTHS[0]))
+    tokens = BATCH * (shape.sequence_tokens or LENGTH)
+    numbers = [size / tokens for size in (found.tape_bytes, found.real_bytes)]
+    outside = [size / tokens for size in (found.tape_head_bytes, found.real_rest_bytes)]
+    return (
+        f"| {family} | {case.name} | {attention} | {numbers[0]:,.1f} | {numbers[1]:,.1f} | {found.ratio:.3f} "
+        f"| {outside[0]:,.1f} | {outside[1]:,.1f} |"
+    )
+
+
+HEADER = (
+    "| family | case | attention | tape B/token/layer | real | ratio | outside layers: tape | real |",
+    "|---|---|---|---:|---:|---:|---:|---:|",
+)
+
+
+def compare_all(options: argparse.Namespace) -> list[str]:
+    """Print and return the table."""
+    lines = list(HEADER)
+    print("\n".join(lines))
+    for family in options.families or FAMILIES:
+        for name in options.case or CASES:
+            for attention in options.attention or ("sdpa", "eager"):
+                if attention == "sdpa" and family in EAGER_ONLY:
+                    continue
+                found = compare(family, CASES[name], attention)
+                lines.append(write_row(family, CASES[name], attention, found))
+                print(lines[-1], flush=True)
+                if options.verbose and abs(found.ratio - 1) > 0.005:
+                    print(describe(family, CASES[name], attention, found), flush=True)
+    return lines
+
+
 def main() -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -206,32 +243,7 @@ def main() -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    lines = [
-        "| family | case | attention | tape B/token/layer | real | ratio | outside layers: tape | real |",
-        "|---|---|---|---:|---:|---:|---:|---:|",
-    ]
-    print("\n".join(lines))
-    for family in options.families or FAMILIES:
-        tokens = BATCH * (122 if family == "vit" else LENGTH)
-        for name in options.case or CASES:
-            for attention in options.attention or ("sdpa", "eager"):
-                if attention == "sdpa" and family in EAGER_ONLY:
-                    continue
-                try:
-                    found = compare(family, CASES[name], attention)
-                except Exception as error:
-                    lines.append(f"| {family} | {name} | {attention} | {type(error).__name__}: {str(error)[:150]} |||||")
-                    print(lines[-1], flush=True)
-                    if options.verbose:
-                        raise
-                    continue
-                lines.append(
-                    f"| {family} | {name} | {attention} | {found.tape_bytes / tokens:,.1f} | {found.real_bytes / tokens:,.1f} "
-                    f"| {found.ratio:.3f} | {found.tape_head_bytes / tokens:,.1f} | {found.real_rest_bytes / tokens:,.1f} |"
-                )
-                print(lines[-1], flush=True)
-                if options.verbose and abs(found.ratio - 1) > 0.005:
-                    print(describe(family, CASES[name], attention, found), flush=True)
+    lines = compare_all(options)
     if options.out:
         head = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, Python "
         head += f"{platform.python_version()}, {platform.system()} {platform.machine()}, CPU"

@@ -40,6 +40,8 @@ def _plain_inputs(
     made = [project(tape, x, linear, setting) for linear in attention.linears[:-1]]
     if len(made) == 1:  # one fused matrix: heads are views of it, rotation copies them out
         made = [made[0], made[0], made[0]]
+    if setting.code.copies_heads and len(attention.linears) == 2 and kv_heads < heads:
+        return _copied_heads(tape, attention, setting, made[0])
     q, k = (
         _position(tape, _head_norm(tape, tensor, size, parts, attention, setting, kind), size, attention, setting)
         for tensor, size, parts in ((made[0], attention.q_size, heads), (made[1], attention.k_size, kv_heads))
@@ -48,6 +50,15 @@ def _plain_inputs(
     if v.size.per_token > c * attention.v_size and setting.attention != "eager" and not attention.rotary:
         return q, q, q  # nothing was copied out of the fused projection: one storage serves all three
     return q, k, v
+
+
+def _copied_heads(tape: Tape, attention: Attention, setting: Setting, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Source: models/falcon FalconAttention._split_heads: one head is indexed out, several are spread to all."""
+    c, several = setting.compute_bytes, attention.num_key_value_heads > 1
+    sizes = (attention.q_size, attention.out_size) if several else (attention.k_size, attention.v_size)
+    k, v = (tape.op("repeated heads", [fused], per_token(c * size)) for size in sizes)
+    q = _position(tape, fused, attention.q_size, attention, setting)
+    return q, _position(tape, k, sizes[0], attention, setting), v
 
 
 def _latent_inputs(tape: Tape, attention: Attention, setting: Setting, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,7 +74,7 @@ def _latent_inputs(tape: Tape, attention: Attention, setting: Setting, x: Tensor
         q = project(tape, q, linear, setting)
         if index + 1 < len(queries):
             q = normalise(tape, q, linear.out_features, "rmsnorm", setting)
-    squeezed = tape.op("latent", [project(tape, x, kv_down, setting)], per_token(c * kv_up.in_features), passes_grad=True)
+    squeezed = tape.op("latent", [project(tape, x, kv_down, setting)], per_token(c * kv_up.in_features))
     latent = normalise(tape, squeezed, kv_up.in_features, "rmsnorm", setting)
     expanded = project(tape, latent, kv_up, setting)
     q = tape.op("query concat", [q], per_token(c * attention.q_size))
@@ -94,11 +105,12 @@ def _attention_kernel(
     tape: Tape, attention: Attention, setting: Setting, q: Tensor, k: Tensor, v: Tensor, *, crosses: bool
 ) -> Tensor:
     c, heads = setting.compute_bytes, attention.num_attention_heads
-    grouped = attention.num_key_value_heads < heads
+    grouped = attention.num_key_value_heads < heads and k.size.per_token < c * attention.q_size
     wide_head = setting.attention == "sdpa" and attention.head_dim > _WIDEST_GROUPED_HEAD
     repeats = grouped and (
-        setting.repeats_kv or setting.attention == "eager" or setting.masks(attention) or wide_head
-    )
+        setting.repeats_kv or setting.attention == "eager" or wide_head
+        or (setting.masks(attention) and not setting.code.copies_heads)
+    )  # fmt: skip
     if repeats:
         k = tape.op("repeat keys", [k], per_token(c * attention.q_size))
         v = tape.op("repeat values", [v], per_token(c * attention.out_size))
@@ -124,7 +136,12 @@ def _additive_mask(tape: Tape, attention: Attention, setting: Setting) -> list[T
     """
     if not setting.masks(attention):
         return []
-    size = per_token(setting.compute_bytes * setting.seq_len)
+    heads = 1
+    if setting.code.always_masks and not attention.rotary:  # ALiBi: additive for every head, cast under autocast only
+        if setting.residual_bytes == setting.compute_bytes:
+            return []
+        heads = attention.num_attention_heads
+    size = per_token(setting.compute_bytes * setting.seq_len * heads)
     return [tape.op("attention mask", (), size, saves_output=True, needs_grad=True)]
 
 
@@ -150,7 +167,7 @@ def _eager(tape: Tape, attention: Attention, setting: Setting, q: Tensor, k: Ten
     seen, code = heads * setting.seq_len, setting.code
     q, k, v = (
         _own_storage(tape, tensor, c * size)
-        for tensor, size in ((q, attention.q_size), (k, attention.k_size), (v, attention.v_size))
+        for tensor, size in ((q, attention.q_size), (k, attention.q_size), (v, attention.out_size))
     )
     scores = tape.op("scores", [q, k], per_token(c * seen), saves=[q, k])
     scaled = tape.op("scores scale", [scores], per_token(c * seen))
@@ -166,14 +183,16 @@ def _eager(tape: Tape, attention: Attention, setting: Setting, q: Tensor, k: Ten
         scaled = tape.op("scores shifted", [joined], per_token(c * seen), saves=[highest])
     size = per_token(_softmax_bytes(setting) * seen)
     soft = tape.op("softmax", [scaled], size, saves_output=True, grad_scratch=size)
-    narrow = soft if size.per_token <= c * seen else tape.op("softmax cast", [soft], per_token(c * heads * setting.seq_len))
+    narrow = soft
+    if size.per_token > c * seen:
+        narrow = tape.op("softmax cast", [soft], per_token(c * heads * setting.seq_len))
     out = tape.op("attention", [narrow, v], per_token(c * attention.out_size), saves=[narrow, v])
     return tape.op("attention transpose", [out], out.size)
 
 
 def _own_storage(tape: Tape, tensor: Tensor, size_bytes: int) -> Tensor:
     """A matrix product of four dimensions copies what is a view of something wider."""
-    wider = tensor.size.per_token > size_bytes and not tensor.name.startswith("repeat")
+    wider = tensor.size.per_token > size_bytes
     return tape.op("attention copy", [tensor], per_token(size_bytes)) if wider else tensor
 
 

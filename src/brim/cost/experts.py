@@ -34,21 +34,24 @@ def _route(tape: Tape, moe: Moe, setting: Setting, x: Tensor) -> Tensor:
     """
     c, visits = setting.compute_bytes, moe.num_experts_per_tok
     width, scores_size = moe.router.in_features, per_token(4 * moe.num_experts)
-    trains, wide = setting.trains_base, setting.code.wide_router and not setting.autocast and c < 4
+    wide = setting.code.wide_router and not setting.autocast and c < 4
     saves: list[Tensor] = []
     if wide:
         x = tape.op("router fp32", [x], per_token(4 * width))
-        saves.append(tape.op("router weight copy", (), fixed(4 * moe.router.num_weights), saves_output=True, needs_grad=True))
+        copied = fixed(4 * moe.router.num_weights)
+        saves.append(tape.op("router weight copy", (), copied, saves_output=True, needs_grad=True))
     elif setting.autocast and x.size.per_token > c * width:
         x = tape.op("router cast", [x], per_token(c * width))
-    scores = tape.op("router", [x], scores_size, saves=[x, *saves] if trains else saves)
+    learns = setting.trains_base or _adapts_experts(moe, setting, moe.router.name)
+    scores = tape.op("router", [x], scores_size, saves=[x, *saves] if learns else saves)
     soft = tape.op("router softmax", [scores], scores_size, saves_output=True)
     return tape.op("routes", [soft], per_token((8 + 4) * visits), saves_output=True)
 
 
-def _adapts_experts(moe: Moe, setting: Setting) -> bool:
-    names = {"all-linear", *moe.separate_names}
-    return setting.adapter_rank > 0 and moe.adapters_reach_experts and bool(names & setting.adapter_targets)
+def _adapts_experts(moe: Moe, setting: Setting, *names: str) -> bool:
+    """Whether adapters named after former modules reach the fused parameters."""
+    named = bool({"all-linear", *names} & setting.adapter_targets)
+    return setting.adapter_rank > 0 and setting.fused_experts and moe.adapters_reach_experts and named
 
 
 def _grouped_experts(tape: Tape, moe: Moe, setting: Setting, x: Tensor, weights: Tensor) -> Tensor:
@@ -78,12 +81,23 @@ def _multiply(tape: Tape, x: Tensor, linear: Linear, moe: Moe, setting: Setting,
     """
     size = per_token(element * linear.out_features * moe.num_experts_per_tok)
     count = moe.num_experts * linear.num_weights
-    if _adapts_experts(moe, setting):
-        whole = fixed(setting.weight_bytes * count)
-        adapted = tape.op("adapted experts", (), whole, saves_output=True, needs_grad=True)
-        return tape.op(linear.name, [x], size, saves=[x, adapted], grad_scratch=whole)
+    parts = _parts(linear, moe)
+    if _adapts_experts(moe, setting, *parts):
+        whole, rank = fixed(setting.weight_bytes * count), setting.adapter_rank * len(parts)
+        factors = fixed(setting.weight_bytes * moe.num_experts * rank * (linear.in_features + linear.out_features))
+        kept = [
+            tape.op(name, (), kept_size, saves_output=True, needs_grad=True)
+            for name, kept_size in (("adapted experts", whole), ("adapter weight copy", factors))
+        ]
+        return tape.op(linear.name, [x], size, saves=[x, *kept], grad_scratch=whole)
     trained = fixed(moe.num_experts * linear.num_parameters * setting.weight_bytes) if setting.trains_base else ZERO
     return tape.op(linear.name, [x], size, saves=[x] if setting.trains_base else (), weight_grad=trained)
+
+
+def _parts(linear: Linear, moe: Moe) -> tuple[str, ...]:
+    """Names the matrices in a fused parameter had as modules; PEFT gives it the sum of their ranks."""
+    gate, up, down = moe.separate_names
+    return (down,) if linear is moe.expert_linears[-1] else (gate, up)
 
 
 def _gate(tape: Tape, made: list[Tensor], moe: Moe, setting: Setting, element: int) -> Tensor:

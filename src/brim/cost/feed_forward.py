@@ -41,6 +41,9 @@ def feed_dense(tape: Tape, mlp: Mlp, setting: Setting, x: Tensor) -> Tensor:
     """Record a dense feed-forward block."""
     made = [project(tape, x, linear, setting) for linear in mlp.linears[:-1]]
     inner = combine(tape, made, mlp.intermediate_size, mlp.gated, mlp.hidden_act, setting)
+    widened = per_token(setting.weight_bytes * mlp.intermediate_size)
+    if setting.code.widens_inner and inner.size.per_token < widened.per_token:
+        inner = tape.op("inner cast", [inner], widened)
     return project(tape, inner, mlp.linears[-1], setting)
 
 

@@ -26,8 +26,14 @@ class Modeling:
     """Whether SDPA is implemented; eager attention runs otherwise."""
     has_flash: bool = True
     """Whether flash attention is implemented; SDPA runs otherwise."""
+    always_masks: bool = False
+    """Whether SDPA is given a mask though every sequence is full."""
+    copies_heads: bool = False
+    """Whether grouped keys and values are indexed out of the fused projection, and several spread to all heads."""
     position_bias: bool = False
     """Whether self-attention adds a learned bias to its scores."""
+    widens_inner: bool = False
+    """Whether the feed-forward's last matrix gets its input in the dtype of its weight."""
     wide_router: bool = False
     """Whether the router runs on an fp32 copy of its input."""
     wide_routes: bool = False
@@ -49,9 +55,11 @@ _MODELING = {
     "gpt_oss": Modeling(norm_product="wide", softmax="stream", has_sdpa=False, clamps_gate=True),
     "deepseek_v2": _DEEPSEEK, "deepseek_v3": _DEEPSEEK, "kimi_k2": _DEEPSEEK, "glm4_moe": _DEEPSEEK,
     "bloom": Modeling(has_sdpa=False, has_flash=False),
-    "gpt2": Modeling(softmax="autocast"), "falcon": Modeling(softmax="autocast"),
+    "gpt2": Modeling(softmax="autocast"), "falcon": Modeling(softmax="autocast", always_masks=True, copies_heads=True),
     "bert": _BERT, "roberta": _BERT, "bart": _BERT,
-    "t5": Modeling(norm_product="unwidened", softmax="autocast", position_bias=True, has_flash=False),
+    "t5": Modeling(
+        norm_product="unwidened", softmax="autocast", position_bias=True, has_flash=False, widens_inner=True
+    ),
 }  # fmt: skip
 
 

@@ -71,7 +71,8 @@ class Setting:
         Source: transformers masking_utils.py _ignore_causal_mask_sdpa.
         """
         window = attention.sliding_window
-        return self.attention == "sdpa" and (self.masked or (window is not None and self.seq_len >= window))
+        always = self.masked or self.code.always_masks
+        return self.attention == "sdpa" and (always or (window is not None and self.seq_len >= window))
 
     def adapts(self, linear: Linear) -> bool:
         """Whether this matrix has an adapter."""
