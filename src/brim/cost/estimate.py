@@ -267,7 +267,8 @@ def estimate(workload: Workload, strategy: Strategy) -> Estimate:
     return Estimate(
         source="formula", moments=moments, peak_allocated_bytes=peak.total_bytes, peak_reserved_bytes=reserved,
         device_bytes=reserved + context + profile.paged_bytes, peak_moment=peak.name,
-        step_time=step_time(workload, strategy), margin_bytes=margin_bytes("formula", peak.total_bytes), notes=_notes(workload, strategy),
+        step_time=step_time(workload, strategy), margin_bytes=margin_bytes("formula", peak.total_bytes),
+        notes=_notes(workload, strategy),
     )  # fmt: skip
 
 

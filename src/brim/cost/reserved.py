@@ -1,8 +1,9 @@
 """Reserved memory: the step's allocations, as the tapes give them, replayed through the caching allocator.
 
-Identical layers ask for the same blocks, so only the first and last two of each kind run whole; those between hold
-what they keep and no more. Of many experts that run one after the other a few run, the others hold what they keep.
-`folded=False` runs everything; the difference is below 0.5 % (tests/cost/test_reserved.py).
+Every forward pass runs whole, since what it keeps decides how the pool is cut. Backward passes only give back, so
+the first and last two layers of each kind stand for the others, but for the pass that makes the gradients of a full
+fine-tune. Of many experts that run one after the other some run, the others hold what they keep. `folded=False`
+runs everything; the difference is below 0.5 % (tests/cost/test_reserved.py).
 
 Leaves out: tensors of varying length (each length leaves blocks of its own size: see the data issue's sequences),
 evaluation, and what loading the weights leaves in the pool.
@@ -47,11 +48,13 @@ def replay(workload: Workload, strategy: Strategy, *, folded: bool = True) -> Ca
         strategy: how it is run.
         folded: whether repeated layers and experts run a few times only.
     """
-    process = _Process(_Job(workload, strategy, read_setting(workload, strategy)), folded)
+    job = _Job(workload, strategy, read_setting(workload, strategy))
+    process, accumulates = _Process(job, folded), strategy.gradient_accumulation_steps > 1
+    brief = folded and accumulates and not job.setting.trains_base
     for _ in range(_STEPS):
-        for _ in range(_MICRO_BATCHES if strategy.gradient_accumulation_steps > 1 else 1):
+        for _ in range(_MICRO_BATCHES if accumulates and not brief else 1):
             process.run_micro_batch()
-        process.run_optimizer()
+        process.run_optimizer(keeps_gradients=brief)
     return process.player
 
 
@@ -117,11 +120,10 @@ def _count_left(block: Block, tokens: int) -> int:
 class _Layer:
     """A layer that keeps its tensors until the backward pass."""
 
-    def __init__(self, kind: _Kind, player: Player, *, whole: bool, offloaded: bool) -> None:
+    def __init__(self, kind: _Kind, player: Player, *, skippable: bool, offloaded: bool) -> None:
         self.kind, self.script, self.player = kind, kind.script, player
-        self.whole, self.offloaded = whole, offloaded
+        self.skippable, self.offloaded = skippable, offloaded
         self.base = 0
-        self.stays: list[Act] = []
         self.extra: list[int] = []
 
     def run_forward(self, stream: int) -> int:
@@ -133,31 +135,38 @@ class _Layer:
         self.extra = player.hold(self.kind.rest)
         player.drop(given)
         if self.offloaded:
-            self._release()
+            self.release()
         return self.base + script.output[0]
+
+    def prepare(self) -> list[int]:
+        """Make what the backward pass needs; return what it leaves over."""
+        if self.offloaded:
+            self.player.play(self._list_kept(), self.base)
+            self.extra = self.player.hold(self.kind.rest)
+        return self.extra
 
     def run_backward(self, gradient: int, gradients: tuple[int, ...]) -> tuple[int, list[int]]:
         """Take the gradient of the output over; return that of the input, and those of the weights."""
-        script, player = self.script, self.player
-        if not self.whole and not gradients:
-            if not self.offloaded:
-                self._release()
-            return gradient, player.hold(*gradients)
-        if self.offloaded:
-            player.play(self._list_kept(), self.base)
-            self.extra = player.hold(self.kind.rest)
+        script, player, left = self.script, self.player, self.prepare()
         player.rename(gradient, self.base + script.gradient[0])
         made = player.play_among(script.backward, self.base, gradients)
-        player.drop(self.extra)
+        player.drop(left)
         return self.base + script.stream_gradient, made
+
+    def skip_backward(self, gradient: int, gradients: tuple[int, ...]) -> tuple[int, list[int]]:
+        """Give back what is kept; the gradient passes through."""
+        if not self.offloaded:
+            self.release()
+        return gradient, self.player.hold(*gradients)
+
+    def release(self) -> None:
+        """Give back what is kept."""
+        self.player.play([(number, 0) for number, _ in self._list_kept()], self.base)
+        self.player.drop(self.extra)
 
     def _list_kept(self) -> list[Act]:
         stream = self.script.stream
         return [*self.script.kept, *([(stream, self.script.stream_bytes)] if stream is not None else [])]
-
-    def _release(self) -> None:
-        self.player.play([(number, 0) for number, _ in self._list_kept()], self.base)
-        self.player.drop(self.extra)
 
 
 class _Checkpointed(_Layer):
@@ -170,27 +179,24 @@ class _Checkpointed(_Layer):
         player.play(script.evaluation, base)
         self.extra = [stream, *player.hold(self.kind.attention)]
         if self.offloaded:
-            player.drop(self.extra)
+            self.release()
         return base + script.evaluation_output[0]
 
-    def run_backward(self, gradient: int, gradients: tuple[int, ...]) -> tuple[int, list[int]]:
-        """Run again, then take the gradient of the output over; return that of the input, and those of the weights."""
+    def prepare(self) -> list[int]:
+        """Run again; return what the backward pass leaves over."""
         script, player = self.script, self.player
-        if not self.whole and not gradients:
-            player.drop(self.extra)
-            return gradient, player.hold(*gradients)
         stream, *attention = self.extra or player.hold(script.stream_bytes)
         player.drop(attention)
         self.base = player.name(script)
         given = _receive(player, script, self.base, stream)
         player.play(script.forward, self.base)
-        self.extra = player.hold(self.kind.rest)
+        given += player.hold(self.kind.rest)
         player.free(self.base + script.output[0])
-        player.rename(gradient, self.base + script.gradient[0])
-        made = player.play_among(script.backward, self.base, gradients)
-        player.drop(self.extra)
-        player.drop(given)
-        return self.base + script.stream_gradient, made
+        return given
+
+    def release(self) -> None:
+        """Give back what is kept."""
+        self.player.drop(self.extra)
 
 
 def _receive(player: Player, script: Script, base: int, stream: int) -> list[int]:
@@ -212,9 +218,9 @@ def _list_layers(job: _Job, player: Player, folded: bool) -> Iterator[_Layer]:
     for group in groups:
         kind = alike[group]
         for index in range(seen[kind], seen[kind] + group.count):
-            whole = not folded or index < _WHOLE_LAYERS or index >= total[kind] - _WHOLE_LAYERS
+            skippable = folded and _WHOLE_LAYERS <= index < total[kind] - _WHOLE_LAYERS
             make = _Checkpointed if job.checkpointed else _Layer
-            yield make(kinds[group], player, whole=whole, offloaded=offloaded)
+            yield make(kinds[group], player, skippable=skippable, offloaded=offloaded)
         seen[kind] += group.count
 
 
@@ -249,8 +255,10 @@ class _Process:
             cached += player.hold(layer.kind.cached)
         gradient, fresh = self._run_head(stream, cached, head)
         held = player.hold(self._held_logits())
+        cuts = job.setting.trains_base and not made  # large gradients come to lie between the activations
         for layer in reversed(self.layers):
-            gradient, more = layer.run_backward(gradient, () if made else layer.kind.gradients)
+            run = layer.skip_backward if layer.skippable and not cuts else layer.run_backward
+            gradient, more = run(gradient, () if made else layer.kind.gradients)
             fresh += more
         self.gradients = made + fresh + player.hold(*tail)
         player.drop([gradient, *held, *inputs])
@@ -273,7 +281,7 @@ class _Process:
             return 0
         return self.job.setting.compute_bytes * self.shape.head[-1].out_features * self.job.tokens
 
-    def run_optimizer(self) -> None:
+    def run_optimizer(self, *, keeps_gradients: bool) -> None:
         """Optimizer step: states are made in the first, temporaries in each; gradients go if the loop lets them."""
         player, kernel = self.player, self.job.strategy.optimizer_kernel
         sizes = [size for layer in self.layers for size in layer.kind.gradients]
@@ -285,5 +293,5 @@ class _Process:
         temporary = step_temporaries_bytes(self.shape, self.recipe, kernel)
         pieces = sizes if kernel == "foreach" else [total]
         player.drop(player.hold(*(size * temporary // total for size in pieces)))
-        if self.recipe.engine.set_to_none:
+        if self.recipe.engine.set_to_none and not keeps_gradients:
             player.drop(self.gradients)

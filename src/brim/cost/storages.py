@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from brim.cost.parameters import layer_linears, target_linears
 from brim.cost.setting import DTYPE_BYTES, quantised_bytes
 from brim.cost.states import States, quantised_linears, trained_bytes
-from brim.spec.model import LayerGroup, ModelShape, Moe
-from brim.spec.recipe import Recipe
+from brim.spec.model import LayerGroup, Linear, ModelShape, Moe
+from brim.spec.recipe import Quantization, Recipe
 
 
 def list_weights(shape: ModelShape, recipe: Recipe, states: States) -> list[int]:
@@ -27,7 +27,7 @@ def list_layer_gradients(group: LayerGroup, recipe: Recipe) -> tuple[int, ...]:
 
 
 def list_outer_gradients(shape: ModelShape, recipe: Recipe, states: States) -> tuple[list[int], list[int]]:
-    """Return the gradients outside the layers, bytes each: made before the layers' (head), and after them (the rest)."""
+    """Return the gradients outside the layers, bytes each: of the head, made first, and the rest, made last."""
     inside = sum(group.count * sum(list_layer_gradients(group, recipe)) for group in shape.groups)
     if recipe.lora is not None:
         return [], _complete([], states.gradients_bytes - inside)
@@ -68,9 +68,15 @@ def _layer_weights(group: LayerGroup, recipe: Recipe) -> Iterator[int]:
             yield from _of_copies(linear.num_weights * element, copies, fused)
         return
     for linear, copies in quantised_linears(group, fused):
-        yield from [quantised_bytes(linear, recipe.quantization)] * copies
+        yield from _quantised(linear, copies, recipe.quantization)
     if fused and isinstance(group.mlp, Moe):
         yield from (linear.num_weights * group.mlp.num_experts * element for linear in group.mlp.expert_linears)
+
+
+def _quantised(linear: Linear, copies: int, quantization: Quantization) -> list[int]:
+    """Return the packed weights, and the scales of all copies as one: they are small."""
+    packed = linear.num_weights if quantization.kind in ("int8", "fp8") else -(-linear.num_weights // 2)
+    return [*[packed] * copies, copies * (quantised_bytes(linear, quantization) - packed)]
 
 
 def _layer_trained(group: LayerGroup, recipe: Recipe, element: int) -> Iterator[int]:
