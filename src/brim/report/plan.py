@@ -81,7 +81,7 @@ def describe_margin(estimate: Estimate) -> str:
     """Return who answered, and how wrong that answerer has been."""
     if not estimate.margin_bytes:
         return f"{estimate.source}; its error has not been measured"
-    return f"{estimate.source}; in 9 of 10 measured runs it was off by less than {format_size(estimate.margin_bytes)}"
+    return f"{estimate.source}; in 9 of 10 measured runs it was at most {format_size(estimate.margin_bytes)} too low"
 
 
 def format_figures(plan: Plan) -> Table:
