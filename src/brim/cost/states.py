@@ -17,9 +17,12 @@ from brim.cost.parameters import (
 from brim.cost.setting import DTYPE_BYTES, quantised_bytes
 from brim.errors import UnsupportedModel
 from brim.spec.model import LayerGroup, Linear, ModelShape, Moe
-from brim.spec.recipe import Quantization, Recipe
+from brim.spec.recipe import Recipe
 from brim.spec.strategy import OptimizerKernel
 from brim.tables.read import Optimizer, find_optimizer
+
+_LEAST_PAGED = 100_000  # elements; bitsandbytes pages no smaller tensor
+_OWN_LOOPS = ("accelerate", "plain")  # presets that do not run transformers' Trainer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,15 +51,15 @@ def count_states(shape: ModelShape, recipe: Recipe) -> States:
     trained, element_bytes = count_trained(shape, recipe), trained_bytes(recipe)
     gradient_bytes = DTYPE_BYTES[recipe.gradient_dtype] if recipe.gradient_dtype else element_bytes
     state_bytes = _optimizer_bytes(shape, recipe, optimizer, trained, element_bytes)
-    if recipe.master_weights:
-        state_bytes += 4 * trained
+    paged = state_bytes - _resident_bytes(shape, recipe, optimizer, trained) if optimizer.paged else 0
+    master = 4 * trained if recipe.master_weights else 0
     adapters = trained * element_bytes if recipe.lora is not None else 0
     return States(
         parameters_bytes=base_bytes(shape, recipe) + adapters,
         trained_parameters=trained,
         gradients_bytes=trained * gradient_bytes,
-        optimizer_bytes=0 if optimizer.paged else state_bytes,
-        paged_bytes=state_bytes if optimizer.paged else 0,
+        optimizer_bytes=state_bytes - paged + master,
+        paged_bytes=paged,
     )
 
 
@@ -95,22 +98,9 @@ def base_bytes(shape: ModelShape, recipe: Recipe) -> int:
         for linear, copies in quantised_linears(group, recipe.engine.fused_experts):
             rest -= group.count * copies * linear.num_weights
             packed += group.count * copies * quantised_bytes(linear, recipe.quantization)
-    unquantised_experts = 0
-    if recipe.engine.fused_experts:
-        unquantised_experts = sum(group.count * _expert_weights(group) for group in shape.groups)
     upcast = 4 if recipe.quantization.upcast_rest else element
-    return packed + (rest - unquantised_experts) * upcast + unquantised_experts * _expert_bytes(recipe.quantization, element)
-
-
-def _expert_bytes(quantization: Quantization, element: int) -> int:
-    """Fused experts stay as loaded; PEFT's upcast reaches them as it does every 16-bit parameter."""
-    return 4 if quantization.upcast_rest else element
-
-
-def _expert_weights(group: LayerGroup) -> int:
-    if not isinstance(group.mlp, Moe):
-        return 0
-    return group.mlp.num_experts * sum(linear.num_weights for linear in group.mlp.expert_linears)
+    # PEFT's upcast reaches every 16-bit parameter, fused experts too.
+    return packed + rest * upcast
 
 
 def quantised_linears(group: LayerGroup, fused_experts: bool) -> tuple[tuple[Linear, int], ...]:
@@ -125,16 +115,53 @@ def _optimizer_bytes(shape: ModelShape, recipe: Recipe, optimizer: Optimizer, tr
     if optimizer.factored:
         return 4 * _factored_elements(shape, recipe)
     if optimizer.min_quantised:
-        small = _small_elements(shape, recipe, optimizer.min_quantised)
-        per_element = optimizer.state_bytes + optimizer.block_bytes
-        fp32_states = 4 * math.ceil(optimizer.state_bytes)
-        return math.ceil((trained - small) * per_element) + small * fp32_states
+        return _quantised_states(optimizer, trained, _fp32_elements(shape, recipe, optimizer))
     if optimizer.state_bytes:
         return math.ceil(trained * optimizer.state_bytes)
     if optimizer.vector_state_of_parameter is not None:
         vectors = trained - _matrix_elements(shape, recipe)
         return element * (trained + vectors * (optimizer.vector_state_of_parameter - 1))
     return trained * element * optimizer.state_of_parameter
+
+
+def _quantised_states(optimizer: Optimizer, elements: int, in_fp32: int) -> int:
+    """Return 8-bit states with their scales, of some elements fp32 states instead, bytes."""
+    scaled = math.ceil((elements - in_fp32) * (optimizer.state_bytes + optimizer.block_bytes))
+    return scaled + in_fp32 * 4 * math.ceil(optimizer.state_bytes)
+
+
+def _resident_bytes(shape: ModelShape, recipe: Recipe, optimizer: Optimizer, trained: int) -> int:
+    """Return the states of a paged optimizer that are not paged: those of small tensors, and all scales.
+
+    Source: bitsandbytes optim/optimizer.py get_state_buffer.
+    """
+    small = _small_elements(shape, recipe, _LEAST_PAGED)
+    if not optimizer.min_quantised:
+        return math.ceil(small * optimizer.state_bytes)
+    smallest = _small_elements(shape, recipe, optimizer.min_quantised)
+    tables = _fp32_tables(shape, recipe, optimizer)
+    paged_tables = sum(count for count in tables if count >= _LEAST_PAGED)
+    in_fp32 = smallest + sum(tables) - paged_tables
+    return _quantised_states(optimizer, small, in_fp32) + math.ceil(
+        (trained - small - paged_tables) * optimizer.block_bytes
+    )
+
+
+def _fp32_elements(shape: ModelShape, recipe: Recipe, optimizer: Optimizer) -> int:
+    """Return the elements with fp32 states under an 8-bit optimizer: small tensors, in HF's Trainer tables too."""
+    small = _small_elements(shape, recipe, optimizer.min_quantised)
+    return small + sum(_fp32_tables(shape, recipe, optimizer))
+
+
+def _fp32_tables(shape: ModelShape, recipe: Recipe, optimizer: Optimizer) -> list[int]:
+    """Return the elements of lookup tables, small ones apart, that keep fp32 states.
+
+    Source: transformers trainer.py create_optimizer registers `optim_bits` 32 for every nn.Embedding.
+    """
+    if recipe.lora is not None or recipe.engine.name.startswith(_OWN_LOOPS):
+        return []
+    counts = [table.num_parameters for table in shape.embeddings]
+    return [count for count in counts if count >= optimizer.min_quantised]
 
 
 def trained_matrices(shape: ModelShape, recipe: Recipe) -> list[tuple[int, int, int]]:
