@@ -1,7 +1,8 @@
 """Tapes of attention: projections, positions, and the kernel.
 
 Read from transformers 5.23 models/*/modeling_*.py and integrations/sdpa_attention.py, and torch 2.13.
-Leaves out: attention dropout, which only pre-2020 architectures train with.
+Leaves out: attention dropout, which only pre-2020 architectures train with; the math kernel that SDPA falls back to
+on CUDA where one key head meets many query heads unrepeated (Falcon-7B).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from brim.cost.norms import normalise
 from brim.cost.projection import project
 from brim.cost.setting import Setting
 from brim.cost.tape import Tape, Tensor, fixed, per_token
-from brim.spec.model import Attention, NormKind
+from brim.spec.model import Attention, Linear, NormKind
 
 _WIDEST_GROUPED_HEAD = 256  # integrations/sdpa_attention.py use_gqa_in_sdpa
 
@@ -37,7 +38,7 @@ def _plain_inputs(
     tape: Tape, attention: Attention, setting: Setting, x: Tensor, kind: NormKind
 ) -> tuple[Tensor, Tensor, Tensor]:
     c, heads, kv_heads = setting.compute_bytes, attention.num_attention_heads, attention.num_key_value_heads
-    made = [project(tape, x, linear, setting) for linear in attention.linears[:-1]]
+    made = [_narrow(tape, project(tape, x, one, setting), one, setting) for one in attention.linears[:-1]]
     if len(made) == 1:  # one fused matrix: heads are views of it, rotation copies them out
         made = [made[0], made[0], made[0]]
     if setting.code.copies_heads and len(attention.linears) == 2 and kv_heads < heads:
@@ -50,6 +51,12 @@ def _plain_inputs(
     if v.size.per_token > c * attention.v_size and setting.attention != "eager" and not attention.rotary:
         return q, q, q  # nothing was copied out of the fused projection: one storage serves all three
     return q, k, v
+
+
+def _narrow(tape: Tape, x: Tensor, linear: Linear, setting: Setting) -> Tensor:
+    """The attention kernels take fp32 results, where a projection has them, in the compute dtype."""
+    size = per_token(setting.compute_bytes * linear.out_features)
+    return tape.op("attention cast", [x], size) if x.size.per_token > size.per_token else x
 
 
 def _copied_heads(tape: Tape, attention: Attention, setting: Setting, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:

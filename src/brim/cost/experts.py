@@ -84,7 +84,8 @@ def _multiply(tape: Tape, x: Tensor, linear: Linear, moe: Moe, setting: Setting,
     parts = _parts(linear, moe)
     if _adapts_experts(moe, setting, *parts):
         whole, rank = fixed(setting.weight_bytes * count), setting.adapter_rank * len(parts)
-        factors = fixed(setting.weight_bytes * moe.num_experts * rank * (linear.in_features + linear.out_features))
+        cast = setting.weight_bytes if setting.weight_bytes != setting.adapter_bytes else 0
+        factors = fixed(cast * moe.num_experts * rank * (linear.in_features + linear.out_features))
         kept = [
             tape.op(name, (), kept_size, saves_output=True, needs_grad=True)
             for name, kept_size in (("adapted experts", whole), ("adapter weight copy", factors))
@@ -129,7 +130,7 @@ def _looped_experts(tape: Tape, moe: Moe, setting: Setting, x: Tensor, weights: 
     for _ in range(moe.num_experts):
         rows = tape.op("dispatch", [x], per_token(round(c * hidden * share)))
         made = [project(tape, rows, linear, setting, tokens=share) for linear in moe.expert_linears[:-1]]
-        inner = combine(tape, made, moe.intermediate_size, True, moe.hidden_act, setting, tokens=share)
+        inner = combine(tape, made, moe.intermediate_size, True, moe.hidden_act, setting, tokens=share, element=c)
         down = project(tape, inner, moe.expert_linears[-1], setting, tokens=share)
         weighted = tape.op("expert weighting", [down, weights], down.size, saves=[down, weights])
         total = tape.op("expert add", [total, weighted], ZERO, passes_grad=True)

@@ -7,30 +7,28 @@ from typing import NamedTuple
 
 from brim.cost.projection import project
 from brim.cost.setting import Setting
-from brim.cost.tape import Tape, Tensor, per_token
+from brim.cost.tape import ZERO, Tape, Tensor, per_token
 from brim.spec.model import Mlp
 
 
 class _Activation(NamedTuple):
-    """What an activation function keeps: its input, its output, copies in its own dtype, copies in the input's."""
+    """What an activation function keeps: its input, its output, copies of its own."""
 
     keeps_input: bool = True
     keeps_output: bool = False
     copies: int = 0
-    narrow_copies: int = 0
     widens: bool = False
     """Whether it has a power, which autocast runs in fp32, and with it everything after."""
 
 
 # Source: transformers activations.py. F.gelu, F.silu and their like are one kernel that keeps its input; those
 # written out in Python keep more.
-_TANH_GELU = _Activation(copies=2, narrow_copies=1, widens=True)
+_TANH_GELUS = ("gelu_new", "gelu_accurate", "gelu_python_tanh")
 _ACTIVATIONS = {
     "relu": _Activation(keeps_input=False, keeps_output=True),
     "relu2": _Activation(keeps_input=False, copies=1, widens=True),
     "tanh": _Activation(keeps_input=False, keeps_output=True),
     "sigmoid": _Activation(keeps_input=False, keeps_output=True),
-    "gelu_new": _TANH_GELU, "gelu_accurate": _TANH_GELU, "gelu_python_tanh": _TANH_GELU,
     "gelu_fast": _Activation(copies=6), "gelu_python": _Activation(keeps_input=False, copies=3),
     "gelu_10": _Activation(copies=1), "quick_gelu": _Activation(copies=1), "mish": _Activation(copies=2),
 }  # fmt: skip
@@ -40,7 +38,8 @@ _ONE_KERNEL = _Activation()
 def feed_dense(tape: Tape, mlp: Mlp, setting: Setting, x: Tensor) -> Tensor:
     """Record a dense feed-forward block."""
     made = [project(tape, x, linear, setting) for linear in mlp.linears[:-1]]
-    inner = combine(tape, made, mlp.intermediate_size, mlp.gated, mlp.hidden_act, setting)
+    element = made[0].size.per_token // mlp.linears[0].out_features
+    inner = combine(tape, made, mlp.intermediate_size, mlp.gated, mlp.hidden_act, setting, element=element)
     widened = per_token(setting.weight_bytes * mlp.intermediate_size)
     if setting.code.widens_inner and inner.size.per_token < widened.per_token:
         inner = tape.op("inner cast", [inner], widened)
@@ -49,15 +48,14 @@ def feed_dense(tape: Tape, mlp: Mlp, setting: Setting, x: Tensor) -> Tensor:
 
 def combine(
     tape: Tape, made: list[Tensor], width: int, gated: bool, act: str, setting: Setting, *,
-    tokens: Fraction | int = 1, element: int | None = None,
+    element: int, tokens: Fraction | int = 1,
 ) -> Tensor:  # fmt: skip
     """Record what lies between the projections and the last matrix: activation function and gate.
 
     Args:
         made: gate and up projection, one tensor of both, or the only one.
-        element: bytes of an element; the compute dtype's if None.
+        element: bytes of an element.
     """
-    element = element or setting.compute_bytes
     out = per_token(round(element * width * tokens))
     if gated and setting.fused_gate:
         return tape.op("gated activation", made, out, saves=made)
@@ -69,6 +67,8 @@ def combine(
 
 def activate(tape: Tape, x: Tensor, width: int, act: str, setting: Setting, element: int) -> Tensor:
     """Record an activation function over `width` elements a token of `element` bytes."""
+    if act in _TANH_GELUS:
+        return _tanh_gelu(tape, x, width, setting, element)
     kind = _ACTIVATIONS.get(act, _ONE_KERNEL)
     wide = 4 if kind.widens and setting.autocast else element
     saves = []
@@ -76,10 +76,26 @@ def activate(tape: Tape, x: Tensor, width: int, act: str, setting: Setting, elem
         x = tape.op(f"{act} cast", [x], per_token(wide * width))
     for _ in range(kind.copies):
         saves.append(tape.op(f"{act} copy", (), per_token(wide * width), saves_output=True, needs_grad=True))
-    for _ in range(kind.narrow_copies):
-        saves.append(tape.op(f"{act} copy", (), per_token(element * width), saves_output=True, needs_grad=True))
     if kind.keeps_input:
         saves.append(x)
     return tape.op(act, [x], per_token(wide * width), saves=saves, saves_output=kind.keeps_output)
 
 
+def _tanh_gelu(tape: Tape, x: Tensor, width: int, setting: Setting, element: int) -> Tensor:
+    """GELU written out with a power and a tanh: 0.5 * x * (1 + tanh(k * (x + 0.044715 * x ** 3))).
+
+    Source: transformers activations.py NewGELUActivation; autocast runs the power, and what follows from it, in fp32.
+    """
+    wide = 4 if setting.autocast else element
+    out, narrow = per_token(wide * width), per_token(element * width)
+    base = tape.op("gelu cast", [x], out) if wide > element else x
+    cube = tape.op("gelu cube", [base], out, saves=[base], grad_scratch=out.times(2))
+    cube = tape.op("gelu cube scale", [cube], out)
+    inner = tape.op("gelu inner sum", [x, cube], out, passes_grad=wide == element)
+    inner = tape.op("gelu inner scale", [inner], out)
+    soft = tape.op("gelu tanh", [inner], out, saves_output=True)
+    soft = tape.op("gelu one plus", [soft], out, passes_grad=True)
+    half = tape.op("gelu half", [x], narrow)
+    # both gradients are made in fp32 before the narrow factor's is cast
+    widened = out.times(2) + narrow if wide > element else ZERO
+    return tape.op("gelu", [half, soft], out, saves=[half, soft], grad_scratch=widened)

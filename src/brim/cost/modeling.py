@@ -32,6 +32,8 @@ class Modeling:
     """Whether grouped keys and values are indexed out of the fused projection, and several spread to all heads."""
     position_bias: bool = False
     """Whether self-attention adds a learned bias to its scores."""
+    adds_bias: bool = False
+    """Whether a bias is added beside its matrix product, in its own dtype, rather than inside."""
     widens_inner: bool = False
     """Whether the feed-forward's last matrix gets its input in the dtype of its weight."""
     wide_router: bool = False
@@ -55,7 +57,8 @@ _MODELING = {
     "gpt_oss": Modeling(norm_product="wide", softmax="stream", has_sdpa=False, clamps_gate=True),
     "deepseek_v2": _DEEPSEEK, "deepseek_v3": _DEEPSEEK, "kimi_k2": _DEEPSEEK, "glm4_moe": _DEEPSEEK,
     "bloom": Modeling(has_sdpa=False, has_flash=False),
-    "gpt2": Modeling(softmax="autocast"), "falcon": Modeling(softmax="autocast", always_masks=True, copies_heads=True),
+    "gpt2": Modeling(softmax="autocast"),
+    "falcon": Modeling(softmax="autocast", always_masks=True, copies_heads=True, adds_bias=True),
     "bert": _BERT, "roberta": _BERT, "bart": _BERT,
     "t5": Modeling(
         norm_product="unwidened", softmax="autocast", position_bias=True, has_flash=False, widens_inner=True

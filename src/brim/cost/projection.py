@@ -37,6 +37,9 @@ def project(
         scratch=working, grad_scratch=working,
         weight_grad=fixed(linear.num_parameters * copies * setting.weight_bytes) if trains else ZERO,
     )  # fmt: skip
+    if setting.code.adds_bias and linear.bias:
+        element = max(c, setting.residual_bytes if setting.autocast else c)
+        output = tape.op("bias", [output], per_token(round(element * linear.out_features * tokens)))
     named = linear.name in setting.adapter_targets
     if setting.adapts(linear) and not is_expert and (named or not is_output):
         output = _adapt(tape, x, output, linear, setting, tokens)
@@ -79,7 +82,7 @@ def _adapt(tape: Tape, x: Tensor, base: Tensor, linear: Linear, setting: Setting
     """
     c, width = setting.compute_bytes, round(linear.out_features * tokens)
     a = c if setting.autocast else setting.adapter_bytes
-    out = per_token(c * width)
+    out = base.size
     if setting.fused_adapters:
         dropped = [tape.op("adapter dropout", [x], x.size)] if setting.adapter_dropout else []
         return tape.op("adapter", [*dropped, base], ZERO, saves=[x, *dropped], passes_grad=True)

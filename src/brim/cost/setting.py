@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from brim.cost.modeling import Modeling, find_modeling
 from brim.errors import UnsupportedModel
-from brim.spec.model import Attention, Linear, ModelShape, NormKind
+from brim.spec.model import Attention, Linear, ModelShape, Moe, NormKind
 from brim.spec.recipe import Lora, Quantization, Recipe
 from brim.spec.strategy import AttentionKernel, Strategy
 from brim.spec.workload import Workload
@@ -38,6 +38,8 @@ class Setting:
     """Bytes of an adapter weight."""
     adapter_targets: frozenset[str]
     """Matrices with an adapter; `all-linear` means all of them."""
+    spared: frozenset[str]
+    """Names PEFT takes out of the targets, because it adapts fused experts in their stead."""
     adapter_dropout: bool
     """Whether a mask and a dropped-out copy are kept per adapter."""
     attention: AttentionKernel
@@ -76,7 +78,8 @@ class Setting:
 
     def adapts(self, linear: Linear) -> bool:
         """Whether this matrix has an adapter."""
-        return self.adapter_rank > 0 and bool(self.adapter_targets & {linear.name, "all-linear"})
+        named = bool(self.adapter_targets & {linear.name, "all-linear"}) and linear.name not in self.spared
+        return self.adapter_rank > 0 and named
 
 
 def read_setting(workload: Workload, strategy: Strategy) -> Setting:
@@ -96,6 +99,7 @@ def read_setting(workload: Workload, strategy: Strategy) -> Setting:
         trains_base=recipe.method == "full", quantization=recipe.quantization,
         adapter_rank=lora.r if lora else 0, adapter_bytes=DTYPE_BYTES[lora.dtype] if lora else 0,
         adapter_targets=frozenset(lora.target_modules) if lora else frozenset(),
+        spared=_spared_names(workload.model) if recipe.engine.fused_experts else frozenset(),
         adapter_dropout=bool(lora and lora.dropout), attention=attention_kernel(strategy.attention_kernel, code),
         fused_norm=kernels.norm, fused_rotary=kernels.rotary,
         fused_gate=kernels.gate == "always" or (kernels.gate == "adapted" and _adapts_mlp(lora)),
@@ -105,6 +109,15 @@ def read_setting(workload: Workload, strategy: Strategy) -> Setting:
         fused_experts=recipe.engine.fused_experts, num_masks=0, code=code,
     )  # fmt: skip
     return replace(setting, num_masks=_count_masks(workload.model, setting))
+
+
+def _spared_names(shape: ModelShape) -> frozenset[str]:
+    """Names of former modules of fused experts and their router, wherever else they occur.
+
+    Source: PEFT 0.21 utils/transformers_weight_conversion.py _convert_peft_config_moe.
+    """
+    reached = [group.mlp for group in shape.groups if isinstance(group.mlp, Moe) and group.mlp.adapters_reach_experts]
+    return frozenset(name for moe in reached for name in (moe.router.name, *moe.separate_names))
 
 
 def attention_kernel(wanted: AttentionKernel, code: Modeling) -> AttentionKernel:
