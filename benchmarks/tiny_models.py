@@ -100,6 +100,7 @@ def tiny_config(family: str, depth: int, *, attention: str = "sdpa") -> transfor
         layers = {"n_layer": depth}
     config = AutoConfig.for_model(model_type, **(_COMMON | numbers | layers))
     config._attn_implementation = attention
+    config.architectures = [tiny_class(config).__name__]
     return config
 
 

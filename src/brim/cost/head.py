@@ -22,9 +22,12 @@ def record_head(shape: ModelShape, setting: Setting, engine: Engine, loss: LossK
     """Return the tape from the last layer's output to the loss, and that output."""
     tape = Tape()
     stream = Tensor("last layer output", per_token(shape.hidden_size * setting.residual_bytes))
-    normed = normalise(tape, stream, shape.hidden_size, shape.final_norm, setting)
+    normed = stream
+    if setting.code.norm_order != "after":  # BERT's and BART's layers end in a normalisation of their own
+        normed = normalise(tape, stream, shape.hidden_size, shape.final_norm, setting)
     normed.held = True  # the model's forward holds its last hidden state until it returns
-    if not shape.head:
+    if not shape.head or _pools(shape):
+        _pool(tape, normed, shape, setting)
         return tape, stream
     x = normed
     for linear in shape.head[:-1]:
@@ -37,6 +40,18 @@ def record_head(shape: ModelShape, setting: Setting, engine: Engine, loss: LossK
     else:
         _fused(tape, x, output, setting)
     return tape, stream
+
+
+def _pools(shape: ModelShape) -> bool:
+    """Whether the head reads one position of a sequence: classes of encoders and of images."""
+    encodes = all(group.stack != "decoder" for group in shape.groups)
+    return encodes and shape.architecture.endswith(("ForSequenceClassification", "ForImageClassification"))
+
+
+def _pool(tape: Tape, x: Tensor, shape: ModelShape, setting: Setting) -> None:
+    """One position of each sequence, whose logits take no room to speak of; gradients of the head's matrices do."""
+    trained = sum(linear.num_parameters for linear in shape.head) if setting.trains_base else 0
+    tape.op("pooling", [x], ZERO, weight_grad=fixed(setting.weight_bytes * trained))
 
 
 def _dense(
