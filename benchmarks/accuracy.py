@@ -19,9 +19,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from report_accuracy import write_report
-from rows import HIDDEN_FROM_PREDICTOR, read_row
-
 from brim.cost.estimate import estimate
 from brim.cost.overhead import context_bytes
 from brim.cost.rule import estimate_rule
@@ -29,6 +26,8 @@ from brim.cost.states import count_states
 from brim.errors import BrimError
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
+from report_accuracy import write_report
+from rows import HIDDEN_FROM_PREDICTOR, read_row
 
 Row = dict[str, Any]
 Answer = dict[str, int]

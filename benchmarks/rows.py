@@ -1,4 +1,4 @@
-"""A row of the published measurements as a question: (Workload, Strategy). Only stated fields and framework semantics."""
+"""A row of the published measurements as a question: (Workload, Strategy), from stated fields and framework facts."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Row = Mapping[str, Any]
 HIDDEN_FROM_PREDICTOR = ("id", "group", "weight", "measured", "tokens_per_second", "source", "notes")
 _ENGINES = tomllib.loads((Path(__file__).parent / "engines.toml").read_text(encoding="utf-8"))
 _ENGINE_FIELDS = (
-    "set_to_none", "logits_alive_in_backward", "upcasts_logits", "frees_narrow_logits", "copies_shifted_logits", "repeats_kv",
-    "always_masks", "fused_experts", "keeps_loss_chunks", "reentrant_checkpointing",
+    "set_to_none", "logits_alive_in_backward", "upcasts_logits", "frees_narrow_logits", "copies_shifted_logits",
+    "repeats_kv", "always_masks", "fused_experts", "keeps_loss_chunks", "reentrant_checkpointing",
 )  # fmt: skip
 _TORCHAO = {"adamw_torch_8bit": "adamw-8bit"}  # torchao: two 8-bit states, scales per 256 elements, as bitsandbytes
 _QUANTIZATIONS = {"bnb-nf4": "nf4", "bnb-nf4-dq": "nf4", "bnb-fp4": "fp4", "ao-nf4": "nf4", "gptq-int4": "gptq-int4"}
@@ -143,8 +143,8 @@ def _read_lora(row: Row, shape: ModelShape, facts: Row, extra: Row, weight: str)
         targets = ("attn", *(name for name in targets if name not in ("q_proj", "k_proj", "v_proj")))
     dtype = extra.get("adapter_dtype") or facts["adapter_dtype"]
     return Lora(
-        r=stated.get("r") or 16, dropout=facts.get("lora_dropout", 0.0), alpha=float(stated.get("alpha") or 16), target_modules=targets,
-        dtype=weight if dtype == "weights" else dtype,
+        r=stated.get("r") or 16, dropout=facts.get("lora_dropout", 0.0), alpha=float(stated.get("alpha") or 16),
+        target_modules=targets, dtype=weight if dtype == "weights" else dtype,
     )  # fmt: skip
 
 
@@ -154,9 +154,10 @@ def _read_quantization(row: Row, facts: Row, extra: Row) -> Quantization:
         raise UnsupportedModel(model=row["model"]["name"], what=f"{kind} storage")
     is_gptq = kind.startswith("gptq")
     keeps_inputs = bool(facts.get("keeps_quantised_inputs")) and not is_gptq
+    by_framework = bool(facts.get("double_quant")) and not is_gptq
     return Quantization(
         kind=_QUANTIZATIONS[kind], block_size=facts.get("gptq_group_size", 128) if is_gptq else 64,
-        double_quant=kind.endswith("-dq") or kind.startswith("ao-") or bool(facts.get("double_quant")) and not is_gptq,
+        double_quant=kind.endswith("-dq") or kind.startswith("ao-") or by_framework,
         keeps_inputs=keeps_inputs, upcast_rest=bool(extra.get("kbit_upcast")),
     )  # fmt: skip
 

@@ -281,7 +281,7 @@ def _release(op: Op, run: _Run, uses: dict[int, int]) -> None:
 
 
 def highest(instants: Iterable[Instant]) -> tuple[Instant, ...]:
-    """Return the instants that are the highest for some number of tokens (no other is at least as high in both terms)."""
+    """Return the instants that are the highest for some number of tokens: no other is as high in both terms."""
     best: list[Instant] = []
     for instant in sorted(instants, key=lambda item: (item.total.per_token, item.total.fixed), reverse=True):
         if not best or instant.total.fixed > best[-1].total.fixed:

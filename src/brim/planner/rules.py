@@ -137,7 +137,9 @@ def causal_trainer(workload: Workload, strategy: Strategy) -> str | None:
     trainer, model = _trainer(workload).name, workload.model
     if trainer not in CAUSAL_TRAINERS or is_causal(model):
         return None
-    return f"{trainer} trains causal language models, {model.name} is a {model.architecture}; use --trainer transformers"
+    return (
+        f"{trainer} trains causal language models, {model.name} is a {model.architecture}; use --trainer transformers"
+    )
 
 
 def loss_kernel(workload: Workload, strategy: Strategy) -> str | None:
@@ -182,8 +184,8 @@ def _offload_too_short(workload: Workload) -> str | None:
 
 
 RULES: tuple[Rule, ...] = (
-    whole_batch, causal_trainer, mesh_spans_devices, only_replicas, bf16_card, int8_card, flash_attention, sdpa_attention,
-    checkpointing_words, loss_kernel, layer_kernels, optimizer_kernel, activation_offload,
+    whole_batch, causal_trainer, mesh_spans_devices, only_replicas, bf16_card, int8_card, flash_attention,
+    sdpa_attention, checkpointing_words, loss_kernel, layer_kernels, optimizer_kernel, activation_offload,
 )  # fmt: skip
 
 

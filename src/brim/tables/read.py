@@ -139,11 +139,8 @@ def _usable_gib(row: Row) -> float:
     40 GB and more 0.985-0.997, AMD 1.0. The low end of each class is taken.
     """
     driver_gib = row["memory_gib"]
-    if row["vendor"] != "nvidia":
-        share = 1.0
-    else:
-        share = 0.95 if driver_gib <= 12.5 else 0.97 if driver_gib <= 25 else 0.985
-    return row.get("usable_gib", driver_gib * share)
+    share = 0.95 if driver_gib <= 12.5 else 0.97 if driver_gib <= 25 else 0.985
+    return row.get("usable_gib", driver_gib * (share if row["vendor"] == "nvidia" else 1.0))
 
 
 def _device(row: Row) -> Device:
