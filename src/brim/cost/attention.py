@@ -129,7 +129,7 @@ def _attention_kernel(
     lse = tape.op("attention lse", (), per_token(4 * heads), saves_output=True, needs_grad=True)
     biased = setting.code.position_bias and not crosses
     bias = _position_bias(tape, attention, setting) if biased else _additive_mask(tape, attention, setting)
-    bias_grad = c * heads * setting.seq_len if biased else 0
+    bias_grad = c * heads * setting.attended_len if biased else 0
     return tape.op(
         "attention", [q, k, v], per_token(c * attention.out_size), saves=[q, k, v, lse, *bias], saves_output=True,
         grad_scratch=per_token(4 * attention.q_size + 4 * heads + expanded + bias_grad),
@@ -148,7 +148,7 @@ def _additive_mask(tape: Tape, attention: Attention, setting: Setting) -> list[T
         if setting.residual_bytes == setting.compute_bytes:
             return []
         heads = attention.num_attention_heads
-    size = per_token(setting.compute_bytes * setting.seq_len * heads)
+    size = per_token(setting.compute_bytes * setting.attended_len * heads)
     return [tape.op("attention mask", (), size, saves_output=True, needs_grad=True)]
 
 
@@ -157,7 +157,7 @@ def _position_bias(tape: Tape, attention: Attention, setting: Setting) -> list[T
 
     Source: integrations/sdpa_attention.py create_position_bias_mask; a causal pattern is folded in with `where`.
     """
-    pairs = setting.seq_len**2
+    pairs = setting.attended_len**2
     size = setting.compute_bytes * attention.num_attention_heads * pairs
     kept = [tape.op("position bias", (), fixed(size), saves_output=True, needs_grad=True)]
     if attention.causal:
@@ -171,7 +171,7 @@ def _eager(tape: Tape, attention: Attention, setting: Setting, q: Tensor, k: Ten
     Source: models/llama, gpt2, gemma2, gpt_oss modeling files, eager_attention_forward.
     """
     c, heads = setting.compute_bytes, attention.num_attention_heads
-    seen, code = heads * setting.seq_len, setting.code
+    seen, code = heads * setting.attended_len, setting.code
     q, k, v = (
         _own_storage(tape, tensor, c * size)
         for tensor, size in ((q, attention.q_size), (k, attention.q_size), (v, attention.out_size))
@@ -192,7 +192,7 @@ def _eager(tape: Tape, attention: Attention, setting: Setting, q: Tensor, k: Ten
     soft = tape.op("softmax", [scaled], size, saves_output=True, grad_scratch=size)
     narrow = soft
     if size.per_token > c * seen:
-        narrow = tape.op("softmax cast", [soft], per_token(c * heads * setting.seq_len))
+        narrow = tape.op("softmax cast", [soft], per_token(c * heads * setting.attended_len))
     out = tape.op("attention", [narrow, v], per_token(c * attention.out_size), saves=[narrow, v])
     return tape.op("attention transpose", [out], out.size)
 

@@ -16,7 +16,7 @@ from brim.cost.blocks import Block, cost_head, cost_layer
 from brim.cost.calibration import margin_bytes
 from brim.cost.ledger import Estimate, Ledger, Moment
 from brim.cost.overhead import context_bytes, input_bytes, workspace_bytes
-from brim.cost.setting import Setting, read_setting
+from brim.cost.setting import Setting, is_flattened, is_masked, read_setting
 from brim.cost.states import States, count_states, layer_gradient_bytes, step_temporaries_bytes
 from brim.cost.tape import ZERO, Instant, Size, fixed, per_token
 from brim.spec.model import LayerGroup
@@ -84,7 +84,8 @@ _MOST_PROFILES = 512
 def profile_strategy(workload: Workload, strategy: Strategy) -> Profile:
     """Return the affine rows of every moment; cached by workload identity and all knobs but the batch split."""
     key = (
-        id(workload), strategy.gradient_accumulation_steps > 1, strategy.micro_batch_size > 1,
+        id(workload), strategy.gradient_accumulation_steps > 1,
+        strategy.micro_batch_size if is_flattened(workload, strategy) else strategy.micro_batch_size > 1,
         strategy.activation_checkpointing, strategy.attention_kernel, strategy.loss_kernel, strategy.optimizer_kernel,
         strategy.layer_kernels, strategy.padding_free, strategy.activation_offload,
         strategy.mesh.data_parallel_size > 1,
@@ -303,6 +304,9 @@ def _notes(workload: Workload, strategy: Strategy) -> tuple[str, ...]:
     notes = [f"sized for micro-batches whose every sequence has {_sequence_tokens(workload):,} tokens"]
     if any(hasattr(group.mlp, "router") for group in workload.model.groups):
         notes.append("tokens are assumed to be spread evenly over experts")
+    if is_masked(workload, strategy) and not workload.recipe.engine.always_masks:
+        why = "several share a row" if is_flattened(workload, strategy) else "one of them is taken to be shorter"
+        notes.append(f"sized with an attention mask, since {why}")
     if workload.recipe.engine.evaluates:
         notes.append("evaluation runs with the training micro-batch")
     return tuple(notes)

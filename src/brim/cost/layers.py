@@ -81,4 +81,4 @@ def mask_bytes(setting: Setting) -> Size:
     Source: transformers masking_utils.py: boolean for SDPA, additive in the stream's dtype for eager.
     """
     element = setting.residual_bytes if setting.attention == "eager" else 1
-    return per_token(element * setting.seq_len * setting.num_masks)
+    return per_token(element * setting.attended_len * setting.num_masks)

@@ -56,6 +56,8 @@ class Setting:
     """Whether cross-entropy writes its gradient over the logits."""
     seq_len: int
     """Tokens in a sequence."""
+    attended_len: int
+    """Tokens each query is scored against: its sequence, or all sequences of a row they share."""
     masked: bool
     """Whether a padding mask reaches the attention kernel."""
     repeats_kv: bool
@@ -74,7 +76,7 @@ class Setting:
         """
         window = attention.sliding_window
         always = self.masked or self.code.always_masks
-        return self.attention == "sdpa" and (always or (window is not None and self.seq_len >= window))
+        return self.attention == "sdpa" and (always or (window is not None and self.attended_len >= window))
 
     def adapts(self, linear: Linear) -> bool:
         """Whether this matrix has an adapter."""
@@ -93,6 +95,7 @@ def read_setting(workload: Workload, strategy: Strategy) -> Setting:
     if lora is not None and lora.use_dora:
         raise UnsupportedModel(model=workload.model.name, what="the DoRA adapters")
     code = find_modeling(workload.model.model_type)
+    seq_len = workload.model.sequence_tokens or workload.data.seq_len
     setting = Setting(
         compute_bytes=compute_bytes(recipe), residual_bytes=residual_bytes(recipe),
         weight_bytes=DTYPE_BYTES[recipe.weight_dtype], autocast=recipe.autocast,
@@ -104,7 +107,8 @@ def read_setting(workload: Workload, strategy: Strategy) -> Setting:
         fused_norm=kernels.norm, fused_rotary=kernels.rotary,
         fused_gate=kernels.gate == "always" or (kernels.gate == "adapted" and _adapts_mlp(lora)),
         fused_adapters=kernels.adapters == "always" or (kernels.adapters == "quantised" and quantised),
-        loss_in_place=kernels.loss_in_place, seq_len=workload.model.sequence_tokens or workload.data.seq_len,
+        loss_in_place=kernels.loss_in_place, seq_len=seq_len,
+        attended_len=seq_len * (strategy.micro_batch_size if is_flattened(workload, strategy) else 1),
         masked=is_masked(workload, strategy), repeats_kv=recipe.engine.repeats_kv,
         fused_experts=recipe.engine.fused_experts, num_masks=0, code=code,
     )  # fmt: skip
@@ -158,12 +162,24 @@ def residual_bytes(recipe: Recipe) -> int:
 
 
 def is_masked(workload: Workload, strategy: Strategy) -> bool:
-    """Whether sequences of different lengths share a micro-batch, so that a padding mask is built.
+    """Whether a mask is built: padding between sequences of different lengths, or several sequences in one row.
 
     Source: transformers masking_utils.py: no mask is made when every sequence is full.
     """
-    padded = not workload.data.packing and not strategy.padding_free and strategy.micro_batch_size > 1
-    return padded or workload.recipe.engine.always_masks
+    flattened = is_flattened(workload, strategy)
+    padded = not workload.data.packing and not flattened and strategy.micro_batch_size > 1
+    return padded or flattened or workload.recipe.engine.always_masks
+
+
+def is_flattened(workload: Workload, strategy: Strategy) -> bool:
+    """Whether the sequences of a micro-batch are one row, told apart by their positions.
+
+    SDPA then gets a mask over the whole row; flash attention reads the boundaries and needs none.
+
+    Source: trl 1.16 trainer/sft_trainer.py (padding-free with best-fit packing); transformers masking_utils.py
+    packed_sequence_mask_function.
+    """
+    return strategy.padding_free or (workload.data.packing and workload.recipe.engine.flattens_packed)
 
 
 def quantised_bytes(linear: Linear, quantization: Quantization) -> int:

@@ -72,7 +72,7 @@ def answer_by_formula() -> Answerer:
     def budget(workload: Workload) -> Budget:
         device = workload.cluster.device
         return find_budget(
-            device, outside_bytes=context_bytes(device), margin_fraction=margin_fraction("formula", workload)
+            device, outside_bytes=context_bytes(device), margin_fraction=margin_fraction("formula")
         )
 
     return Answerer(

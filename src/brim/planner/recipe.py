@@ -68,6 +68,7 @@ def build_engine(trainer: Trainer) -> Engine:
         name=trainer.name,
         logits_alive_in_backward=trainer.logits_alive_in_backward,
         upcasts_logits=trainer.upcasts_logits,
+        flattens_packed=trainer.flattens_packed,
     )
 
 

@@ -75,6 +75,8 @@ class Engine:
     """Whether a chunked loss keeps every chunk's probabilities for backward (lit-gpt, torchtune) or recomputes them."""
     reentrant_checkpointing: bool = False
     """Whether recomputation runs the layer to its end and holds its output (`use_reentrant=True`)."""
+    flattens_packed: bool = False
+    """Whether packed sequences of a micro-batch are laid end to end in one row (TRL's best-fit packing)."""
     always_masks: bool = False
     """Whether a mask is built though every sequence is full (transformers 4.53 to 4.57, no mask given, no cache)."""
     fused_experts: bool = True

@@ -78,6 +78,7 @@ class Trainer:
     retrieved: str
     default_seq_len: int | None = None
     activation_offload: bool = False
+    flattens_packed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
