@@ -170,9 +170,6 @@ def _read_engine(row: Row, facts: Row, extra: Row) -> Engine:
         fields["logits_alive_in_backward"] = extra["logits_alive_in_backward"]
     if is_old_loss(row, facts):
         fields["frees_narrow_logits"] = True
-        fields["repeats_kv"] = row["attention"] == "flash" and row["model"]["name"].split("/")[-1].startswith(
-            ("Mistral", "Mixtral")
-        )  # MistralFlashAttention2 of 4.45 calls repeat_kv, LlamaFlashAttention2 does not
     return Engine(name=row["framework"]["name"] or "unknown", evaluates=False, **fields)
 
 
