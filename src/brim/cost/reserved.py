@@ -1,9 +1,10 @@
 """Reserved memory: the step's allocations, as the tapes give them, replayed through the caching allocator.
 
-Every forward pass runs whole, since what it keeps decides how the pool is cut. Backward passes only give back, so
-the first and last two layers of each kind stand for the others, but for the pass that makes the gradients of a full
-fine-tune. Of many experts that run one after the other some run, the others hold what they keep. `folded=False`
-runs everything; the difference is below 0.5 % (tests/cost/test_reserved.py).
+Every forward pass runs whole, since what it keeps decides how the pool is cut. A backward pass gives back: the first
+and last layers of each kind stand for the others, unless gradients are made that come to lie in between. Of many
+frozen experts that run one after the other some run, the others hold what they keep. `folded=False` runs everything;
+the difference is below 0.5 % (tests/cost/test_reserved.py; with eager attention's huge blocks up to 3 %, with experts
+in a loop and a single short sequence up to 2 %).
 
 Leaves out: tensors of varying length (each length leaves blocks of its own size: see the data issue's sequences),
 evaluation, and what loading the weights leaves in the pool.
@@ -19,10 +20,10 @@ from typing import NamedTuple
 from brim.cost.allocator import CachingAllocator
 from brim.cost.blocks import Block, cost_head, cost_layer
 from brim.cost.overhead import context_bytes, input_bytes, workspace_bytes
-from brim.cost.scripts import Act, Player, Script, write_script
+from brim.cost.scripts import Act, Player, Script, find_last_large, write_script
 from brim.cost.setting import Setting, read_setting
-from brim.cost.states import States, count_states, step_temporaries_bytes
-from brim.cost.storages import list_layer_gradients, list_outer_gradients, list_weights
+from brim.cost.states import States, count_states, largest_trained_tensor, step_temporaries_bytes
+from brim.cost.storages import gradient_bytes, list_layer_gradients, list_outer_gradients, list_weights
 from brim.spec.model import LayerGroup, Moe
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
@@ -30,7 +31,7 @@ from brim.units import MIB
 
 _STEPS = 2  # the second optimizer step runs with states in place and a pool already cut up
 _MICRO_BATCHES = 2  # more micro-batches repeat the second
-_WHOLE_LAYERS = 2  # of a kind, at either end
+_WHOLE_LAYERS = 4  # of a kind, at either end, that run backward whole
 _LOOPED_EXPERTS = 16  # of a loop, that run
 _BASELINE_BYTES = 2 * MIB  # a process reserves one small segment before the model comes
 
@@ -76,8 +77,8 @@ class _Kind(NamedTuple):
     """What each layer of a group asks for."""
 
     script: Script
-    rest: int
-    """What experts that do not run keep, bytes."""
+    rest: tuple[int, ...]
+    """What each expert that does not run keeps, bytes."""
     attention: int
     """Attention outputs that selective checkpointing keeps, bytes."""
     cached: int
@@ -90,12 +91,16 @@ def _read_kind(group: LayerGroup, job: _Job, folded: bool) -> _Kind:
     mode, setting, recipe = job.strategy.activation_checkpointing, job.setting, job.workload.recipe
     reentrant = recipe.engine.reentrant_checkpointing
     block = part = cost_layer(group, setting, mode, reentrant)
-    if folded and isinstance(group.mlp, Moe) and not setting.fused_experts:
-        part = cost_layer(replace(group, mlp=_with_fewer_experts(group.mlp)), setting, mode, reentrant)
+    rest: tuple[int, ...] = ()
+    if folded and isinstance(group.mlp, Moe) and not setting.fused_experts and not setting.trains_base:
+        fewer = _with_fewer_experts(group.mlp)
+        part = cost_layer(replace(group, mlp=fewer), setting, mode, reentrant)
+        idle = group.mlp.num_experts - fewer.num_experts
+        rest = ((_count_left(block, job.tokens) - _count_left(part, job.tokens)) // max(1, idle),) * idle
     casts = setting.autocast and setting.trains_base and setting.weight_bytes > setting.compute_bytes
     weights = block.weight_gradients.fixed * setting.compute_bytes // setting.weight_bytes
     return _Kind(
-        script=write_script(part, job.tokens), rest=_count_left(block, job.tokens) - _count_left(part, job.tokens),
+        script=write_script(part, job.tokens), rest=rest,
         attention=block.attention_kept.at(job.tokens) if mode == "selective" else 0,
         cached=weights if casts and job.checkpointed else 0, gradients=list_layer_gradients(group, recipe),
     )  # fmt: skip
@@ -132,7 +137,7 @@ class _Layer:
         self.base = player.name(script)
         given = _receive(player, script, self.base, stream)
         player.play(script.forward, self.base)
-        self.extra = player.hold(self.kind.rest)
+        self.extra = player.hold(*self.kind.rest)
         player.drop(given)
         if self.offloaded:
             self.release()
@@ -142,7 +147,7 @@ class _Layer:
         """Make what the backward pass needs; return what it leaves over."""
         if self.offloaded:
             self.player.play(self._list_kept(), self.base)
-            self.extra = self.player.hold(self.kind.rest)
+            self.extra = self.player.hold(*self.kind.rest)
         return self.extra
 
     def run_backward(self, gradient: int, gradients: tuple[int, ...]) -> tuple[int, list[int]]:
@@ -190,7 +195,7 @@ class _Checkpointed(_Layer):
         self.base = player.name(script)
         given = _receive(player, script, self.base, stream)
         player.play(script.forward, self.base)
-        given += player.hold(self.kind.rest)
+        given += player.hold(*self.kind.rest)
         player.free(self.base + script.output[0])
         return given
 
@@ -239,6 +244,8 @@ class _Process:
         head = cost_head(shape, job.setting, recipe.engine, job.strategy.loss_kernel)
         self.head = write_script(head, job.tokens)
         self.gradient_sizes = list_outer_gradients(shape, recipe, self.states)
+        # Gradients from the pool of the activations come to lie between them and cut it up.
+        self.cuts = largest_trained_tensor(shape, recipe) * gradient_bytes(recipe) > MIB
         self.gradients: list[int] = []
         self.moments: list[int] = []
         self.player.hold(*list_weights(shape, recipe, self.states), workspace_bytes(device))
@@ -255,9 +262,8 @@ class _Process:
             cached += player.hold(layer.kind.cached)
         gradient, fresh = self._run_head(stream, cached, head)
         held = player.hold(self._held_logits())
-        cuts = job.setting.trains_base and not made  # large gradients come to lie between the activations
         for layer in reversed(self.layers):
-            run = layer.skip_backward if layer.skippable and not cuts else layer.run_backward
+            run = layer.skip_backward if layer.skippable and (made or not self.cuts) else layer.run_backward
             gradient, more = run(gradient, () if made else layer.kind.gradients)
             fresh += more
         self.gradients = made + fresh + player.hold(*tail)
@@ -271,7 +277,11 @@ class _Process:
         player.drop(given + cached)
         player.free(base + script.output[0])
         player.play([script.gradient], base)
-        made = player.play_among(script.backward, base, gradients)
+        # The output matrix gets its gradient while that of the logits is there.
+        split = find_last_large(script)
+        player.play(script.backward[:split], base)
+        made = player.hold(*gradients)
+        player.play(script.backward[split:], base)
         return base + script.stream_gradient, made
 
     def _held_logits(self) -> int:

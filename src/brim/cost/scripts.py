@@ -112,6 +112,14 @@ def write_script(block: Block, tokens: int) -> Script:
     )  # fmt: skip
 
 
+def find_last_large(script: Script) -> int:
+    """Return where the backward pass releases the last storage at least half as large as its largest."""
+    sizes = dict([*script.kept, script.gradient, *(act for act in script.backward if act[1])])
+    large = max(sizes.values()) / 2
+    acts = enumerate(script.backward)
+    return max((index for index, (number, size) in acts if not size and sizes.get(number, 0) >= large), default=0)
+
+
 def _count_made(events: Iterable[Event]) -> int:
     return sum(event.allocates for event in events)
 
