@@ -1,0 +1,229 @@
+"""The kernels of the target card, on tensors of the CPU: attention, dropout, autocast, and what they hold inside.
+
+On a CPU, attention falls to the kernel that holds every score. While `card_kernels` lasts, the kernel that the card
+would pick is called instead; on fake tensors no card is needed. A function is replaced rather than intercepted by a
+mode, so that recomputation inside the backward pass meets it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from brim.errors import ProbeFailed
+from brim.spec.device import Device
+from brim.spec.strategy import AttentionKernel
+
+Kernel = Literal["flash", "efficient", "math"]
+
+_AMPERE = (8, 0)
+_WIDEST_FLASH_HEAD = 256
+_MASK_ALIGNMENT, _FLASH_ALIGNMENT = 16, 8
+_FLASH_BLOCK = 128
+_UNSORTED_INDICES, _ROWS_PER_THREAD = 3072, 10
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+def choose_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, *,
+    dropout: float, causal: bool, capability: tuple[int, int],
+) -> Kernel:  # fmt: skip
+    """Return the attention kernel that PyTorch picks on a card: flash, then memory-efficient, then plain products.
+
+    Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp use_flash_attention, use_mem_efficient_attention.
+    Leaves out: cuDNN's kernel, which holds what flash holds but the fp32 gradient of the queries.
+    """
+    square = not causal or query.shape[-2] == key.shape[-2]
+    problem = explain_no_flash(query, key, value, dropout=dropout, capability=capability)
+    if mask is None and square and problem is None:
+        return "flash"
+    heads_differ = query.shape[1] != key.shape[1]
+    alignment = 4 if query.dtype == torch.float32 else 8 if capability >= _AMPERE else 4
+    aligned = query.shape[-1] % alignment == 0 and value.shape[-1] % alignment == 0
+    known_dtype = query.dtype in (torch.float32, torch.float16) or (
+        query.dtype == torch.bfloat16 and capability >= _AMPERE
+    )
+    return "efficient" if aligned and known_dtype and not heads_differ else "math"
+
+
+def explain_no_flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, dropout: float, capability: tuple[int, int]
+) -> str | None:
+    """Return why a card cannot run flash attention on these tensors; None if it can.
+
+    Source: sdp_utils.cpp check_flash_attention_hardware_support, check_dtypes_low_precision, check_head_dim_size_flash,
+    check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120.
+    """
+    width = query.shape[-1]
+    if capability < _AMPERE:
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    if query.dtype not in _NARROW:
+        return f"attention runs in {str(query.dtype)[6:]}, and the kernel takes fp16 or bf16"
+    if width > _WIDEST_FLASH_HEAD or not width == key.shape[-1] == value.shape[-1]:
+        return f"heads are {width} and {value.shape[-1]} wide, and the kernel takes equal widths up to 256"
+    consumer = (8, 6) <= capability <= (8, 9) or capability[0] == 12
+    if consumer and query.requires_grad and (192 < width <= 224 or (width > 224 and dropout)):
+        return f"heads {width} wide have no backward pass on compute capability {capability[0]}.{capability[1]}"
+    return None
+
+
+def _attend(wanted: AttentionKernel, capability: tuple[int, int]) -> Callable[..., torch.Tensor]:
+    """Return a stand-in for scaled_dot_product_attention on a card."""
+
+    def attend(  # type: ignore[no-untyped-def]
+        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    ) -> torch.Tensor:
+        if torch.is_autocast_enabled("cpu"):  # the function stands in CUDA's list, not in the CPU's
+            dtype = torch.get_autocast_dtype("cpu")
+            query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+            attn_mask = attn_mask.to(dtype) if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = _additive(attn_mask, query.dtype)
+        kernel = _find_kernel(wanted, query, key, value, attn_mask, dropout_p, is_causal, capability)
+        width_scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if kernel == "flash":
+            return _flash(query, key, value, dropout_p, is_causal, width_scale)
+        if kernel == "efficient":
+            return _efficient(query, key, value, attn_mask, dropout_p, is_causal, width_scale)
+        operator = torch.ops.aten._scaled_dot_product_attention_math.default
+        return operator(
+            query, key, value, attn_mask, dropout_p, is_causal, None, scale=width_scale, enable_gqa=enable_gqa
+        )[0]
+
+    return attend
+
+
+def _find_kernel(
+    wanted: AttentionKernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+    dropout: float, causal: bool, capability: tuple[int, int],
+) -> Kernel:  # fmt: skip
+    if wanted != "flash":
+        return choose_kernel(query, key, value, mask, dropout=dropout, causal=causal, capability=capability)
+    problem = explain_no_flash(query, key, value, dropout=dropout, capability=capability)
+    if problem:
+        raise ProbeFailed(f"the card cannot run flash attention here: {problem}; use attention kernel sdpa")
+    return "flash"
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Source: aten/src/ATen/native/transformers/attention.cpp convert_boolean_attn_mask, for each call anew."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask.logical_not(), -math.inf)
+
+
+def _flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, causal: bool, scale: float
+) -> torch.Tensor:
+    width = query.shape[-1]
+    short = -width % _FLASH_ALIGNMENT
+    if short:
+        query, key, value = (torch.nn.functional.pad(tensor, (0, short)) for tensor in (query, key, value))
+    operator = torch.ops.aten._scaled_dot_product_flash_attention.default
+    return operator(query, key, value, dropout, causal, False, scale=scale)[0][..., :width]
+
+
+def _efficient(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dropout: float,
+    causal: bool, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    if mask is not None:
+        length = mask.shape[-1]
+        if length % _MASK_ALIGNMENT:
+            mask = torch.nn.functional.pad(mask, (0, -length % _MASK_ALIGNMENT))[..., :length]
+        mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], length)
+    keeps = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    operator = torch.ops.aten._scaled_dot_product_efficient_attention.default
+    return operator(query, key, value, mask, keeps, dropout, causal, scale=scale)[0]
+
+
+def _drop_out(
+    input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> torch.Tensor:
+    """One kernel that keeps a boolean mask; the CPU's keeps a mask in the input's dtype.
+
+    Source: aten/src/ATen/native/Dropout.cpp is_fused_kernel_acceptable.
+    """
+    return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
+
+
+@contextlib.contextmanager
+def card_kernels(device: Device, attention: AttentionKernel) -> Iterator[None]:
+    """Replace attention and dropout by those of a card while the context lasts."""
+    functions: Any = torch.nn.functional
+    originals = functions.scaled_dot_product_attention, functions.dropout
+    functions.scaled_dot_product_attention = _attend(attention, device.compute_capability or _AMPERE)
+    functions.dropout = _drop_out
+    try:
+        yield
+    finally:
+        functions.scaled_dot_product_attention, functions.dropout = originals
+
+
+_WIDENED = frozenset(
+    function
+    for name in ("pow", "rsqrt", "softmax", "log_softmax", "sum", "cumsum", "exp", "expm1", "log", "softplus", "prod",
+                 "reciprocal", "layer_norm", "logsumexp", "__pow__", "norm")
+    for place in (torch, torch.Tensor, torch.nn.functional)
+    if (function := getattr(place, name, None)) is not None
+)  # fmt: skip
+
+
+class CudaAutocast(TorchFunctionMode):
+    """Operators that CUDA's autocast runs in fp32 and the CPU's does not.
+
+    Source: aten/src/ATen/autocast_mode.h AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func in _WIDENED and torch.is_autocast_enabled("cpu"):
+            args = tuple(_widen(one) for one in args)
+            kwargs = {key: _widen(one) for key, one in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+
+def _widen(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype in _NARROW else value
+
+
+def list_workspaces(func: Any, args: tuple[Any, ...], result: Any) -> list[int]:
+    """Return the bytes of each buffer that an operator's CUDA kernel allocates and frees before it returns.
+
+    Source: aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp mha_bwd (fp32 query gradient, row sums,
+    gradients of every head under grouped queries); mem_eff_attention/kernel_backward.h (fp32 query gradient);
+    native/cuda/EmbeddingBackwardKernel.cu (sorted indices, fp32 partial sums).
+    """
+    aten = torch.ops.aten
+    if func is aten._scaled_dot_product_flash_attention_backward.default:
+        return _flash_backward_buffers(args[1], args[2])
+    if func is aten._scaled_dot_product_efficient_attention_backward.default:
+        return _efficient_backward_buffers(args[1])
+    if func is aten.embedding_dense_backward.default:
+        return _embedding_buffers(args[0], args[1], args[2])
+    return []
+
+
+def _flash_backward_buffers(query: torch.Tensor, key: torch.Tensor) -> list[int]:
+    batch, heads, length, width = query.shape
+    rows = batch * heads * (-(-length // _FLASH_BLOCK) * _FLASH_BLOCK)
+    step = 32 if width <= 128 else 64
+    buffers = [rows * 4, rows * (-(-width // step) * step) * 4]
+    if key.shape[1] != heads:
+        buffers += [batch * key.shape[2] * heads * width * key.element_size()] * 2
+    return [sum(buffers)]
+
+
+def _efficient_backward_buffers(query: torch.Tensor) -> list[int]:
+    row_sums = query.numel() // query.shape[-1] * 4
+    return [row_sums + (query.numel() * 4 if query.dtype in _NARROW else 0)]
+
+
+def _embedding_buffers(gradient: torch.Tensor, indices: torch.Tensor, num_weights: int) -> list[int]:
+    count = indices.numel()
+    if count <= _UNSORTED_INDICES:
+        return []
+    segments = count // _ROWS_PER_THREAD + min(count, num_weights)
+    return [4 * count * 8 + segments * gradient.shape[-1] * 4]

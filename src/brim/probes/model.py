@@ -1,0 +1,142 @@
+"""The real model without its weights: built on the meta device, then given fake parameters.
+
+Random initialisation and PEFT's wrapping fail or crawl on fake tensors, so both happen on the meta device first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from brim.errors import BrimError, MissingExtra, ProbeFailed, quoted
+from brim.spec.recipe import Lora, Recipe
+from brim.spec.strategy import AttentionKernel, Strategy
+
+BuildModel = Callable[[], torch.nn.Module]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return PyTorch's name of one of brim's dtypes."""
+    return _DTYPES[name]
+
+
+def build_from_config(config: Mapping[str, Any], architecture: str, attention: AttentionKernel) -> torch.nn.Module:
+    """Return transformers' own model of a config, on whatever device is the default one.
+
+    Flash attention is asked for as SDPA, because the package `flash-attn` need not be here; the kernel is chosen later.
+
+    Raises:
+        MissingExtra: transformers is not installed. ProbeFailed: it cannot build this config.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtra(package="transformers", extra="trace", purpose="--by trace") from None
+    kind = getattr(transformers, architecture, None)
+    if kind is None:
+        text = f"transformers {transformers.__version__} has no class {quoted(architecture)}; install a newer one"
+        raise ProbeFailed(text, architecture=architecture)
+    settings = {key: value for key, value in config.items() if key not in ("model_type", "architectures", "dtype")}
+    try:
+        known = transformers.AutoConfig.for_model(config["model_type"], **settings)
+        return kind._from_config(known, attn_implementation="eager" if attention == "eager" else "sdpa")
+    except Exception as error:  # whatever a model's own constructor raises
+        raise ProbeFailed(f"{architecture} cannot be built from its config: {_first_line(error)}") from error
+
+
+def prepare_model(build_model: BuildModel, recipe: Recipe, strategy: Strategy) -> torch.nn.Module:
+    """Return the model as the trainer has it when training starts, its parameters on the meta device.
+
+    Raises:
+        ProbeFailed: the model cannot be built, wrapped or checkpointed.
+    """
+    try:
+        with torch.device("meta"):
+            model = build_model()
+        _cast_parameters(model, torch_dtype(recipe.weight_dtype))
+        if getattr(model, "config", None) is not None:
+            model.config.use_cache = False
+        if strategy.activation_checkpointing == "full":
+            _checkpoint(model, reentrant=recipe.engine.reentrant_checkpointing)
+        if recipe.lora is not None:
+            model = _adapt(model, recipe.lora)
+    except BrimError:
+        raise
+    except Exception as error:  # whatever a user's own constructor raises
+        raise ProbeFailed(f"the model cannot be built without weights: {_first_line(error)}") from error
+    return model.train()
+
+
+def _cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Buffers keep their dtype: transformers computes rotary frequencies in fp32 whatever the weights are."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def _checkpoint(model: torch.nn.Module, *, reentrant: bool) -> None:
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None:
+        name = type(model).__name__
+        raise ProbeFailed(f"{name} has no gradient_checkpointing_enable; trace it with activation checkpointing none")
+    enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+
+
+def _adapt(model: torch.nn.Module, lora: Lora) -> torch.nn.Module:
+    try:
+        import peft
+    except ImportError:
+        raise MissingExtra(package="peft", extra="trace", purpose="--by trace with LoRA") from None
+    everything = lora.target_modules == ("all-linear",)
+    config = peft.LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, use_rslora=lora.use_rslora,
+        target_modules="all-linear" if everything else list(lora.target_modules),
+    )  # fmt: skip
+    with torch.device("meta"):
+        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=lora.dtype == "fp32")  # type: ignore
+    if lora.dtype != "fp32":
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch_dtype(lora.dtype))
+    return adapted
+
+
+def give_tensors(model: torch.nn.Module) -> None:
+    """Replace every parameter and buffer by an empty one on the CPU: without data inside a fake mode, real outside.
+
+    Parameters that modules share stay shared.
+    """
+    parameters: dict[int, torch.nn.Parameter] = {}
+    buffers: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in parameters:
+                    parameters[id(parameter)] = torch.nn.Parameter(_empty(parameter), parameter.requires_grad)
+                module._parameters[name] = parameters[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffers.setdefault(id(buffer), _empty(buffer))
+
+
+def _empty(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+
+def find_last_layer(model: torch.nn.Module) -> torch.nn.Module | None:
+    """Return the last of the repeated layers, after which come the final norm, the head and the loss."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) > 0]
+    sizes = [sum(parameter.numel() for parameter in layers.parameters()) for layers in lists]
+    if not sizes:
+        return None
+    largest = max(sizes)
+    return next(layers[len(layers) - 1] for layers, size in zip(lists, sizes, strict=True) if size == largest)
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {quoted(line)[1:-1]}"
