@@ -83,12 +83,14 @@ def make_plan(
 ) -> Plan:  # fmt: skip
     """Return a plan for a target; `knobs` are fields of its strategy."""
     strategy = make_strategy(target, **knobs)
+    masters = target == "deepspeed" and method == "full"  # DeepSpeed cannot do without
     ranks = strategy.mesh.data_parallel_size
     effective = strategy.micro_batch_size * strategy.gradient_accumulation_steps * ranks
     device = Device(name="rtx-4090", capacity_bytes=round(23.5 * GIB))
     workload = Workload(
         model=shape or make_shape(name), data=DataProfile(seq_len=seq_len, packing=packing),
-        recipe=recipe or make_recipe(method, TRAINERS[target]), task="instruction-tuning", num_epochs=2.0,
+        recipe=recipe or make_recipe(method, TRAINERS[target], master_weights=masters),
+        task="instruction-tuning", num_epochs=2.0,
         batch=BatchTarget(
             sequences=effective, tokens=effective * seq_len, low=32, high=64, min_useful=8, max_useful=128, reason=""
         ),

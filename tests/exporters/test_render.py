@@ -257,3 +257,18 @@ def test_exporters_load_no_framework() -> None:
     code = "import sys, brim.exporters; print({'torch', 'transformers', 'trl', 'jinja2', 'yaml'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_deepspeed_refuses_a_full_bf16_plan_without_masters() -> None:
+    plan = make_plan("deepspeed", recipe=make_recipe("full", "transformers"))
+    with pytest.raises(Inexpressible, match="full fine-tuning in bf16 without master weights; it keeps fp32 master"):
+        export_plan(plan, "deepspeed")
+    export_plan(make_plan("deepspeed", recipe=make_recipe("full", "transformers", "fp32")), "deepspeed")
+
+
+def test_deepspeed_says_what_it_makes_of_adapters() -> None:
+    (note,) = export_plan(make_plan("deepspeed", method="lora"), "deepspeed").notes
+    assert note == (
+        "DeepSpeed casts the adapters to bf16 and keeps fp32 copies of them and of their gradients: up to 4 bytes per "
+        "trained parameter more than planned."
+    )

@@ -88,6 +88,16 @@ def _name_optimizer(plan: Plan, training: Words) -> Words:
 
 
 def _note_precision(plan: Plan) -> tuple[str, ...]:
-    if plan.workload.recipe.master_weights or not plan.workload.recipe.autocast:
+    """Return what DeepSpeed makes of trained fp32 weights under autocast: fp32 adapters, or fp32 full weights.
+
+    Source: DeepSpeed 0.19.8 runtime/engine.py _configure_distributed_model casts the whole module to bf16 or fp16;
+    runtime/bf16_optimizer.py and runtime/zero keep the fp32 copies.
+    """
+    recipe = plan.workload.recipe
+    if recipe.master_weights or not recipe.autocast:
         return ()
-    return ("DeepSpeed keeps an fp32 copy of trained 16-bit weights, 4 bytes per trained parameter over its ranks.",)
+    what = "weights" if recipe.method == "full" else "adapters"
+    return (
+        f"DeepSpeed casts the {what} to {recipe.compute_dtype} and keeps fp32 copies of them and of their gradients: "
+        "up to 4 bytes per trained parameter more than planned.",
+    )

@@ -103,6 +103,14 @@ def _precision(plan: Plan, dialect: Dialect) -> Iterator[Refusal]:
     recipe = plan.workload.recipe
     if recipe.master_weights and dialect.target != "deepspeed":
         yield "fp32 master weights", "load the model in fp32, or export to deepspeed"
+    narrow = recipe.method == "full" and recipe.weight_dtype != "fp32" and not recipe.master_weights
+    if dialect.target == "deepspeed" and narrow:
+        # Source: DeepSpeed runtime/bf16_optimizer.py and zero/stage_1_and_2.py, single_partition_of_fp32_groups.
+        yield (
+            f"full fine-tuning in {recipe.weight_dtype} without master weights",
+            "it keeps fp32 master weights (4 bytes per parameter) and fp32 Adam states (8), more than was planned: "
+            "plan with --dtype fp32 or --method lora, or export to transformers",
+        )
     if recipe.gradient_dtype is not None:
         yield f"gradients in {recipe.gradient_dtype}", "leave gradient_dtype to the weights"
     if not recipe.autocast and recipe.compute_dtype != recipe.weight_dtype and recipe.quantization is None:
