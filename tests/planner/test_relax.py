@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from planner_toys import GIB, make_job, toy_answerer
 
-from brim.errors import DoesNotFit
-from brim.planner.answerer import Answerer
+from brim.errors import DoesNotFit, InvalidStrategy
+from brim.planner.answerer import Answerer, answer_by_formula
 from brim.planner.plan import plan_workload
+from brim.planner.search import search
+from brim.tables.read import find_device, list_devices
 
 
 def refusal(answerer: Answerer, **options: Any) -> DoesNotFit:
@@ -86,3 +89,35 @@ def test_the_closest_is_shown_when_nothing_fits() -> None:
 def test_replicas_are_named_on_several_devices() -> None:
     error = refusal(toy_answerer(base_bytes=40 * GIB), method="full", gpu="h100:8")
     assert str(error).endswith("each of the 8 devices holds a whole replica (sharding is not planned yet)")
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "card"),
+    [("32B", "rtx-4090", "rtx-5090"), ("8B", "rtx-3070", "rtx-3080-10gb")],
+)
+def test_the_card_is_the_smallest_that_fits(model: str, gpu: str, card: str) -> None:
+    error = refusal(answer_by_formula(), model=model, gpu=gpu, method="qlora")
+    assert f"--gpu {card}" in changes(error)
+
+
+def test_every_smaller_card_is_refused() -> None:
+    answerer = answer_by_formula()
+    error = refusal(answerer, model="13B", gpu="rtx-3070", method="lora")
+    offered = next(change.split()[1] for change in changes(error) if change.startswith("--gpu "))
+    size = find_device(offered).capacity_bytes
+    job = make_job(model="13B", gpu="rtx-3070", method="lora")
+    for device in (row for row in list_devices() if row.vendor == "nvidia" and row.capacity_bytes < size):
+        workload = replace(job.workload, cluster=replace(job.workload.cluster, device=device))
+        with pytest.raises((DoesNotFit, InvalidStrategy)):
+            found = search(workload, job.fixed, answerer, answerer.budget(workload).budget_bytes)
+            if found.best is None:
+                raise DoesNotFit("", gap_bytes=0, at_moment="")
+
+
+def test_unquantised_experts_are_the_reason_and_qlora_is_no_way_out() -> None:
+    mixtral = "mistralai/Mixtral-8x7B-v0.1"
+    error = refusal(answer_by_formula(), model=mixtral, gpu="rtx-4090", method="qlora")
+    assert "84.00 GiB of it are experts that are not quantised (experts_unquantised: transformers 5" in str(error)
+    assert error.facts["experts_unquantised_bytes"] == 84 * GIB
+    error = refusal(answer_by_formula(), model=mixtral, gpu="a100-40gb", method="lora")
+    assert not any("qlora" in change for change in changes(error))

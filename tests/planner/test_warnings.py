@@ -40,8 +40,14 @@ def warnings(**options: Any) -> dict[str, str]:
         ({"gpu": "t4"}, "loss_scaling",
          "t4 has no bf16: gradients in fp16 underflow without loss scaling (on with fp16=True in the HF Trainer)"),
         ({"model": "mistralai/Mixtral-8x7B-v0.1", "method": "qlora"}, "experts_unquantised",
-         "transformers 5 keeps all experts of a layer in one parameter, which bitsandbytes leaves in 16 bit: "
-         "mistralai/Mixtral-8x7B-v0.1 is hardly smaller in nf4"),
+         "transformers 5 keeps all experts of a layer in one parameter, which bitsandbytes does not quantise: "
+         "84.00 GiB of mistralai/Mixtral-8x7B-v0.1 are not in nf4"),
+        ({"effective_batch_tokens": 65_537}, "rounded_tokens",
+         "effective batch: 65,537 tokens given by the user do not split exactly; nearest: 32 sequences of 2,048 tokens "
+         "= 65,536 tokens"),
+        ({"model": "t5-small", "dtype": "fp16"}, "fp16_overflow",
+         "activations of t5 models overflow in fp16 and give NaN losses: use --dtype fp32, or a card with bf16 "
+         "(compute capability 8.0)"),
         ({"gpu": "mi300x", "method": "qlora"}, "bitsandbytes_on_amd",
          "mi300x needs the ROCm build of bitsandbytes for quantised weights and 8-bit or paged optimizers"),
         ({"packing": True, "dataset_size": 5000}, "packed_steps",
@@ -55,6 +61,19 @@ def test_a_warning_has_the_numbers(options: dict[str, Any], code: str, text: str
         assert found[code].endswith("are optimizer states (adamw); they appear after the first optimizer step")
     else:
         assert found[code] == text
+
+
+@pytest.mark.parametrize(
+    ("options", "overflows"),
+    [({"model": "google/gemma-2-2b", "dtype": "fp16"}, True), ({"model": "google/gemma-2-2b"}, False),
+     ({"dtype": "fp16"}, False)],
+)  # fmt: skip
+def test_overflow_is_named_by_family_and_dtype(options: dict[str, Any], overflows: bool) -> None:
+    assert ("fp16_overflow" in warnings(**options)) is overflows
+
+
+def test_exact_tokens_are_no_warning() -> None:
+    assert "rounded_tokens" not in warnings(effective_batch_tokens=65_536)
 
 
 def test_fragmentation_is_named_when_reserved_does_not_fit() -> None:

@@ -64,7 +64,7 @@ def _reject(workload: Workload, costed: Costed, best: Costed, budget_bytes: int,
         reason = _why_slower(costed, best)
     relative = None if costed.seconds is None or best.seconds is None else costed.seconds / best.seconds
     return Rejected(
-        strategy=costed.strategy, over_bytes=over_bytes, reason=reason, peak_allocated_bytes=costed.peak_bytes,
+        strategy=costed.strategy, over_bytes=max(0, over_bytes), reason=reason, peak_allocated_bytes=costed.peak_bytes,
         relative_step_time=relative,
     )
 
@@ -94,7 +94,8 @@ def _tie_causes(costed: Costed, best: Costed) -> list[str]:
 def _causes(other: Strategy, best: Strategy) -> Sequence[str]:
     causes = []
     if _recomputed(other) > _recomputed(best):
-        what = "the forward pass" if other.activation_checkpointing == "full" else "part of the forward pass"
+        full = other.activation_checkpointing == "full"
+        what = "the forward pass" if full else "nearly all of the forward pass, only attention outputs are kept"
         causes.append(f"{other.activation_checkpointing} checkpointing recomputes {what}")
     if other.micro_batch_size < best.micro_batch_size:
         causes.append(

@@ -9,12 +9,13 @@ from brim.cost.ledger import Estimate, Source
 from brim.planner.budget import Budget, find_budget
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
+from brim.units import format_size
 
 Peak = Callable[[Workload, Strategy], int]
 Seconds = Callable[[Workload, Strategy], float | None]
 
-RECOMPUTED_FORWARD = {"none": 0.0, "selective": 0.5, "full": 1.0}
-"""Share of the forward pass that is run again. `selective` keeps attention outputs: about half is spared."""
+RECOMPUTED_FORWARD = {"none": 0.0, "selective": 0.9, "full": 1.0}
+"""Share of the forward pass that is run again. `selective` runs nearly all again: only attention outputs are kept."""
 KNEE_TOKENS = 256
 """Tokens of a micro-batch at which launches cost as much as products do; see `relative_cost`."""
 ORDER_TEXT = "no speed is known for this set-up: ranked by recomputation and by tokens per micro-batch"
@@ -89,8 +90,8 @@ def answer_by_rule() -> Answerer:
         budget_bytes = rule_budget_bytes(workload)
         return Budget(
             budget_bytes=budget_bytes, capacity_bytes=workload.cluster.device.plannable_bytes,
-            sentence=f"budget {budget_bytes / 1e9:.1f} GB: model, 2 GB and 90 % of what they leave of "
-            f"{card_gb(workload):g} GB",
+            sentence=f"budget {format_size(budget_bytes)}: model, {format_size(2e9)} and 90 % of "
+            f"what they leave of {format_size(card_gb(workload) * 1e9)}",
         )  # fmt: skip
 
     return Answerer(

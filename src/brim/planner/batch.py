@@ -10,6 +10,8 @@ from brim.errors import IndivisibleBatch, InvalidInput
 from brim.spec.workload import BatchTarget
 from brim.tables.read import Task
 
+_ROUNDED = "do not split exactly; nearest:"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchRequest:
@@ -99,7 +101,15 @@ def _from_tokens(tokens: int, seq_len: int, unit: int) -> tuple[int, str]:
         )  # fmt: skip
     exact = nearest_multiples(max(1, round(tokens / seq_len)), unit)
     sequences = min(exact, key=lambda choice: abs(choice * seq_len - tokens))
-    return sequences, f"{tokens:,} tokens given by the user: nearest is {sequences:,} sequences of {seq_len:,} tokens"
+    whole = f"{sequences:,} sequences of {seq_len:,} tokens"
+    if sequences * seq_len == tokens:
+        return sequences, f"{tokens:,} tokens given by the user: {whole}"
+    return sequences, f"{tokens:,} tokens given by the user {_ROUNDED} {whole} = {sequences * seq_len:,} tokens"
+
+
+def is_rounded(batch: BatchTarget) -> bool:
+    """Return whether the tokens the user gave are not exactly those of the batch; `reason` has both numbers."""
+    return _ROUNDED in batch.reason
 
 
 def _from_task(task: Task, unit: int, ranks: int) -> tuple[int, str]:

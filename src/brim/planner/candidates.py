@@ -15,7 +15,7 @@ from brim.spec.workload import Workload
 from brim.tables.read import find_optimizer, find_trainer
 
 Fixed = Mapping[str, Any]
-"""Strategy fields the user fixed, with their values."""
+"""Strategy fields that are fixed, with their values; a tuple leaves one of several open."""
 
 _SPLIT = ("micro_batch_size", "gradient_accumulation_steps")
 
@@ -80,7 +80,10 @@ def list_variants(workload: Workload, fixed: Fixed) -> tuple[Variant, ...]:
 
 
 def _all_variants(workload: Workload, fixed: Fixed) -> Iterator[Variant]:
-    choices = _choices(workload) | {name: (value,) for name, value in fixed.items() if name not in _SPLIT}
+    narrowed = {name: value for name, value in fixed.items() if name not in _SPLIT}
+    choices = _choices(workload) | {
+        name: value if isinstance(value, tuple) else (value,) for name, value in narrowed.items()
+    }
     for values in product(*choices.values()):
         yield Variant(knobs=dict(zip(choices, values, strict=True)))
 

@@ -11,11 +11,12 @@ from brim.planner.candidates import STRATEGY_FIELDS, Fixed
 from brim.planner.options import JobOptions
 from brim.planner.recipe import choose_recipe
 from brim.planner.rules import is_causal
+from brim.planner.target import constrain_knobs, trainer_for_target
 from brim.spec.data import DataProfile
 from brim.spec.device import Cluster
 from brim.spec.model import ModelShape
 from brim.spec.workload import Workload
-from brim.tables.read import find_task, find_trainer
+from brim.tables.read import Trainer, find_optimizer, find_task, find_trainer
 
 DEFAULT_SEQ_LEN = 2048
 
@@ -36,13 +37,12 @@ def build_job(shape: ModelShape, cluster: Cluster, options: JobOptions) -> Job:
     """Return the job the options describe, on a model and devices already read.
 
     Raises:
-        UnknownName: no such trainer, task, optimizer or adapter target.
+        UnknownName: no such trainer, export target, task, optimizer or adapter target.
+        Inexpressible: the export target has no word for the trainer, the optimizer or a fixed knob.
         IndivisibleBatch, InvalidInput: numbers that cannot be meant.
     """
     said: list[str] = []
-    trainer = find_trainer(options.trainer or ("trl" if is_causal(shape) else "transformers"))
-    if options.trainer is None:
-        said.append(f"trainer {trainer.name}")
+    trainer = _choose_trainer(shape, options, said)
     task = find_task(options.task or "instruction-tuning")
     if options.task is None:
         said.append("task instruction-tuning")
@@ -64,7 +64,21 @@ def build_job(shape: ModelShape, cluster: Cluster, options: JobOptions) -> Job:
     fixed = _fixed(options)
     if recipe.optimizer_kernel is not None:
         fixed["optimizer_kernel"] = recipe.optimizer_kernel
+    if options.target is not None:
+        fixed = constrain_knobs(options.target, trainer, find_optimizer(recipe.recipe.optimizer), fixed)
     return Job(workload=workload, fixed=fixed, assumptions=tuple(said))
+
+
+def _choose_trainer(shape: ModelShape, options: JobOptions, said: list[str]) -> Trainer:
+    if options.trainer is not None:
+        return find_trainer(options.trainer)
+    if options.target is not None:
+        trainer = find_trainer(trainer_for_target(options.target))
+        said.append(f"trainer {trainer.name}, for the export to {options.target}")
+        return trainer
+    trainer = find_trainer("trl" if is_causal(shape) else "transformers")
+    said.append(f"trainer {trainer.name}")
+    return trainer
 
 
 def _choose_seq_len(shape: ModelShape, options: JobOptions, said: list[str]) -> int:

@@ -33,6 +33,8 @@ class JobOptions:
     """Nodes with these GPUs."""
     trainer: str | None = None
     """Training loop: trl, transformers, unsloth, accelerate or plain."""
+    target: str | None = None
+    """Export target the plan must be expressible in; sets the trainer where none is given."""
     seq_len: int | None = None
     """Tokens a sequence is cut or filled to."""
     task: str | None = None
@@ -94,7 +96,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "quantization": get_args(LoadFormat),
 }  # fmt: skip
 _TRUTHS = ("packing", "double_quant", "refresh")
-_WORDS = ("gpu", "trainer", "task", "dataset", "optimizer")
+_WORDS = ("gpu", "trainer", "target", "task", "dataset", "optimizer")
 _LONGEST_WORD = 4096
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from brim.planner.alternatives import list_alternatives
 from brim.planner.answerer import Answerer
+from brim.planner.awkward import list_awkward
 from brim.planner.candidates import Fixed
 from brim.planner.reasons import list_reasons
 from brim.planner.record import Plan
@@ -43,12 +44,14 @@ def plan_workload(
     estimate = answerer.estimate(workload, strategy)
     schedule = build_schedule(workload, strategy, estimate.step_time)
     rejected = list_alternatives(workload, found, answerer)
+    warnings = list_warnings(workload, strategy, estimate, schedule)
+    awkward = list_awkward(workload, fixed, found.best, answerer)
     sequences = strategy.micro_batch_size * strategy.gradient_accumulation_steps * strategy.mesh.data_parallel_size
     return Plan(
         workload=workload, strategy=strategy, estimate=estimate, effective_batch_size=sequences,
         effective_batch_tokens=workload.batch.tokens, budget_bytes=budget.budget_bytes,
         capacity_bytes=budget.capacity_bytes,
         reasons=list_reasons(workload, fixed, found, found.best, budget, answerer),
-        assumptions=assumptions, warnings=list_warnings(workload, strategy, estimate, schedule), schedule=schedule,
+        assumptions=assumptions, warnings=(*warnings, *awkward), schedule=schedule,
         rejected=rejected, num_candidates=found.num_costed, brim_version=brim_version,
     )  # fmt: skip

@@ -91,8 +91,12 @@ def _checkpointing(found: Found, best: Costed) -> Iterator[str]:
 
 
 def _kept(fixed: Fixed) -> Iterator[str]:
-    if fixed:
-        yield f"kept as asked: {', '.join(f'{name} {value}' for name, value in fixed.items() if name != 'mesh')}"
+    kept = [f"{name} {value}" for name, value in fixed.items() if name != "mesh" and not isinstance(value, tuple)]
+    if kept:
+        yield f"kept as asked: {', '.join(kept)}"
+    for name, value in fixed.items():
+        if isinstance(value, tuple):
+            yield f"{name} {' or '.join(value)}: all that the export target can express"
 
 
 def _speed(workload: Workload, best: Costed, answerer: Answerer) -> str:

@@ -33,7 +33,7 @@ class Rejected:
     strategy: Strategy
     """The strategy."""
     over_bytes: int
-    """Bytes above the budget; 0 or less when it fits but is slower."""
+    """Bytes above the budget; 0 when it fits but is slower."""
     reason: str
     """Why not."""
     peak_allocated_bytes: int

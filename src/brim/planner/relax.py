@@ -10,6 +10,7 @@ from typing import NoReturn
 from brim.errors import DoesNotFit, InvalidStrategy
 from brim.planner.answerer import Answerer
 from brim.planner.candidates import Fixed
+from brim.planner.experts import unquantised_expert_bytes
 from brim.planner.recipe import build_lora, build_quantization, build_recipe
 from brim.planner.record import Relaxation
 from brim.planner.search import Found, least_peak_bytes, search
@@ -19,6 +20,8 @@ from brim.tables.read import find_trainer, list_devices
 from brim.units import format_size
 
 _SHORTEST = 128
+_MEANINGFUL_FRACTION = 0.05
+"""A lighter method that saves less of the least peak is no way out."""
 _RELEASABLE = (
     ("activation_checkpointing", "--activation-checkpointing full", "costs one more forward pass, changes no result"),
     ("micro_batch_size", "leave out --micro-batch-size", "brim chooses it; the effective batch stays"),
@@ -66,6 +69,7 @@ def refuse_unfit(workload: Workload, fixed: Fixed, answerer: Answerer, found: Fo
     raise DoesNotFit(
         verdict, gap_bytes=gap_bytes, at_moment=moment, relaxations=relaxations,
         peak_allocated_bytes=smallest.peak_bytes, budget_bytes=found.budget_bytes, source=answerer.source,
+        **({"experts_unquantised_bytes": spared} if (spared := unquantised_expert_bytes(workload)) else {}),
     )  # fmt: skip
 
 
@@ -79,6 +83,12 @@ def _verdict(workload: Workload, found: Found, moment: str, gap_bytes: int) -> s
         f"checkpointing) needs {format_size(found.smallest.peak_bytes)} at {moment}, "
         f"{format_size(gap_bytes)} more than the {format_size(found.budget_bytes)} budget"
     )
+    spared = unquantised_expert_bytes(workload)
+    if spared:
+        text += (
+            f"; {format_size(spared)} of it are experts that are not quantised (experts_unquantised: transformers 5 "
+            "keeps all experts of a layer in one parameter)"
+        )
     if cluster.num_devices > 1:
         text += f"; each of the {cluster.num_devices} devices holds a whole replica (sharding is not planned yet)"
     return text
@@ -90,7 +100,7 @@ def list_relaxations(workload: Workload, fixed: Fixed, answerer: Answerer) -> tu
     A smaller effective batch is never among them: accumulation already makes it free of memory.
     """
     asked = _Change(change="", effect="", workload=workload, fixed=fixed)
-    methods = list(_lighter_methods(asked))
+    methods = _worthwhile(asked, _lighter_methods(asked), answerer)
     simple = [*_released(asked), *_lighter_optimizer(asked), *methods]
     evaluated = [_evaluate(change, answerer) for change in simple]
     enough = bool(evaluated and evaluated[-1] and evaluated[-1].fits)
@@ -106,6 +116,25 @@ def list_relaxations(workload: Workload, fixed: Fixed, answerer: Answerer) -> tu
     if not known or known[-1].fits:
         return tuple(known[-1:])
     return (min(known, key=lambda relaxation: relaxation.peak_allocated_bytes),)
+
+
+def _worthwhile(asked: _Change, methods: Iterable[_Change], answerer: Answerer) -> list[_Change]:
+    """Return the methods whose least peak is clearly below that of the one before (fused experts stay in 16 bit)."""
+    kept: list[_Change] = []
+    least = _least(asked, answerer)
+    for method in methods:
+        peak = _least(method, answerer)
+        if peak is not None and (least is None or peak <= least * (1 - _MEANINGFUL_FRACTION)):
+            kept.append(method)
+            least = peak
+    return kept
+
+
+def _least(change: _Change, answerer: Answerer) -> int | None:
+    try:
+        return least_peak_bytes(change.workload, change.fixed, answerer)
+    except InvalidStrategy:
+        return None
 
 
 def _all_of(
@@ -139,7 +168,7 @@ def _released(asked: _Change) -> Iterator[_Change]:
     """What the user fixed among the knobs that change no result."""
     fixed = asked.fixed
     for name, change, effect in _RELEASABLE:
-        if name in fixed and fixed[name] != "full":
+        if name in fixed and fixed[name] != "full" and not isinstance(fixed[name], tuple):
             released = {other: value for other, value in fixed.items() if other != name}
             if name == "activation_checkpointing":
                 released[name] = "full"
@@ -215,10 +244,13 @@ def with_seq_len(workload: Workload, seq_len: int) -> Workload:
 def _bigger_card(base: _Change, answerer: Answerer) -> Iterator[_Change]:
     """The smallest card of the table that fits, of the same vendor."""
     cluster = base.workload.cluster
-    bigger = [device for device in _cards(cluster) if device.capacity_bytes > cluster.device.plannable_bytes]
-    first = bisect_left(bigger, True, key=lambda device: _fits(_moved(base, device), base.fixed, answerer))
-    # Old cards among the bigger ones may be barred by a rule; the next that is not takes their place.
-    for device in bigger[first:]:
+    # Larger cards may be too old for the job or have larger workspaces, so every one is asked, smallest first.
+    tried: set[tuple[object, int]] = set()
+    for device in _cards(cluster):
+        alike = (device.compute_capability, device.capacity_bytes)
+        if device.capacity_bytes <= cluster.device.plannable_bytes or alike in tried:
+            continue
+        tried.add(alike)
         if _fits(_moved(base, device), base.fixed, answerer):
             size = format_size(device.capacity_bytes)
             effect = f"the smallest {device.vendor.upper()} card of the table that fits, {size}"

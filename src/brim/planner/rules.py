@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from brim.cost.modeling import find_modeling
 from brim.planner.batch import ranks_text
 from brim.spec.device import Device
 from brim.spec.model import ModelShape
@@ -17,10 +18,6 @@ from brim.tables.read import Trainer, find_optimizer, find_trainer
 
 Rule = Callable[[Workload, Strategy], str | None]
 
-WITHOUT_SDPA = frozenset({"bloom", "gemma2", "gpt_oss"})
-"""Model types that declare `_supports_sdpa = False` or nothing. Source: transformers 5.23 models/*/modeling_*.py."""
-WITHOUT_FLASH = frozenset({"bloom", "t5", "mt5"})
-"""Model types that declare `_supports_flash_attn = False` or nothing. Source: as above."""
 LARGEST_FLASH_HEAD = 256
 """Widest head of FlashAttention-2, elements. Source: flash-attn README, head dimensions up to 256."""
 FLASH_CAPABILITY = (8, 0)
@@ -31,6 +28,19 @@ CAUSAL_TRAINERS = frozenset({"trl", "unsloth"})
 """Trainers whose loss is the next token's. Source: trl 1.16 trainer/sft_trainer.py, unsloth FastLanguageModel."""
 INT8_CAPABILITY = (7, 5)
 """int8 tensor cores, which LLM.int8 needs. Source: bitsandbytes README, hardware table."""
+
+
+_OVERFLOWING = ("t5", "mt5", "umt5", "gemma", "gemma2", "gemma3")
+"""Families trained in bf16 whose activations exceed 65,504, the largest fp16 number.
+
+Source: huggingface/transformers issues 9295 and 23918, PR 10956 (T5, mT5); issue 36822 and PR 37226 (Gemma 3: over
+65k by design of its scaled embeddings and norms, which Gemma and Gemma 2 share).
+"""
+
+
+def overflows_fp16(model: ModelShape) -> bool:
+    """Return whether activations of this family are known to overflow in fp16."""
+    return model.model_type in _OVERFLOWING or model.model_type.startswith("gemma3")
 
 
 def broken_rule(workload: Workload, strategy: Strategy) -> str | None:
@@ -99,21 +109,21 @@ def flash_attention(workload: Workload, strategy: Strategy) -> str | None:
         return "flash attention needs dtype bf16 or fp16, not fp32; use sdpa"
     if head_dim > LARGEST_FLASH_HEAD:
         return f"flash attention takes heads up to {LARGEST_FLASH_HEAD} wide, {model.name} has {head_dim}; use sdpa"
-    if model.model_type in WITHOUT_FLASH:
+    if not find_modeling(model.model_type).has_flash:
         return f"transformers has no flash attention for {model.model_type}; use {default_attention(workload)}"
     return None
 
 
 def sdpa_attention(workload: Workload, strategy: Strategy) -> str | None:
     """Some models have a term in their scores that torch's SDPA does not know."""
-    if strategy.attention_kernel != "sdpa" or workload.model.model_type not in WITHOUT_SDPA:
+    if strategy.attention_kernel != "sdpa" or find_modeling(workload.model.model_type).has_sdpa:
         return None
     return f"transformers has no SDPA attention for {workload.model.model_type}; use eager"
 
 
 def default_attention(workload: Workload) -> str:
     """Return the kernel transformers picks by itself: SDPA where the model has it, else eager."""
-    return "eager" if workload.model.model_type in WITHOUT_SDPA else "sdpa"
+    return "sdpa" if find_modeling(workload.model.model_type).has_sdpa else "eager"
 
 
 def checkpointing_words(workload: Workload, strategy: Strategy) -> str | None:

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from brim.cost.ledger import Estimate
+from brim.planner.batch import is_rounded
+from brim.planner.experts import unquantised_expert_bytes
+from brim.planner.paging import paged_bytes
 from brim.planner.record import PlanWarning, Schedule
-from brim.planner.rules import BF16_CAPABILITY
-from brim.spec.model import Moe
+from brim.planner.rules import BF16_CAPABILITY, overflows_fp16
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
 from brim.tables.read import find_optimizer
@@ -67,6 +69,12 @@ def _batch_range(facts: _Facts) -> Iterator[PlanWarning]:
         )
 
 
+def _rounded_tokens(facts: _Facts) -> Iterator[PlanWarning]:
+    batch = facts.workload.batch
+    if is_rounded(batch):
+        yield PlanWarning(code="rounded_tokens", text=f"effective batch: {batch.reason}")
+
+
 def _few_steps(facts: _Facts) -> Iterator[PlanWarning]:
     total, sequences, size = facts.schedule.total_steps, facts.schedule.num_sequences, facts.workload.batch.sequences
     if total is None or sequences is None:
@@ -108,11 +116,13 @@ def _optimizer_state(facts: _Facts) -> Iterator[PlanWarning]:
 
 def _fragmentation(facts: _Facts) -> Iterator[PlanWarning]:
     plannable = facts.workload.cluster.device.plannable_bytes
-    if facts.estimate.device_bytes > plannable:
+    # Paged states leave the card by themselves, so they are no sign of fragmentation.
+    process = facts.estimate.device_bytes - paged_bytes(facts.workload, facts.estimate)
+    if process > plannable:
         yield PlanWarning(
             code="fragmentation",
             text=f"the allocator may hold {format_size(facts.estimate.peak_reserved_bytes)} and the process "
-            f"{format_size(facts.estimate.device_bytes)} of {format_size(plannable)}: set "
+            f"{format_size(process)} of {format_size(plannable)}: set "
             "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True against fragmentation",
         )
 
@@ -130,12 +140,12 @@ def _pure_bf16(facts: _Facts) -> Iterator[PlanWarning]:
 def _experts_unquantised(facts: _Facts) -> Iterator[PlanWarning]:
     workload = facts.workload
     quantization = workload.recipe.quantization
-    moe = any(isinstance(group.mlp, Moe) for group in workload.model.groups)
-    if moe and quantization is not None and workload.recipe.engine.fused_experts:
+    spared = unquantised_expert_bytes(workload)
+    if spared and quantization is not None:
         yield PlanWarning(
             code="experts_unquantised",
-            text=f"transformers 5 keeps all experts of a layer in one parameter, which bitsandbytes leaves in 16 bit: "
-            f"{workload.model.name} is hardly smaller in {quantization.kind}",
+            text=f"transformers 5 keeps all experts of a layer in one parameter, which bitsandbytes does not quantise: "
+            f"{format_size(spared)} of {workload.model.name} are not in {quantization.kind}",
         )
 
 
@@ -150,6 +160,16 @@ def _loss_scaling(facts: _Facts) -> Iterator[PlanWarning]:
         code="loss_scaling",
         text=f"{why}: gradients in fp16 underflow without loss scaling (on with fp16=True in the HF Trainer)",
     )
+
+
+def _fp16_overflow(facts: _Facts) -> Iterator[PlanWarning]:
+    workload = facts.workload
+    if workload.recipe.compute_dtype == "fp16" and overflows_fp16(workload.model):
+        yield PlanWarning(
+            code="fp16_overflow",
+            text=f"activations of {workload.model.model_type} models overflow in fp16 and give NaN losses: use "
+            "--dtype fp32, or a card with bf16 (compute capability 8.0)",
+        )
 
 
 def _bitsandbytes_on_amd(facts: _Facts) -> Iterator[PlanWarning]:
@@ -185,6 +205,6 @@ def _packed_steps(facts: _Facts) -> Iterator[PlanWarning]:
 
 
 _WARNINGS: tuple[Callable[[_Facts], Iterator[PlanWarning]], ...] = (
-    _rule_of_thumb, _batch_range, _few_steps, _positions, _fragmentation, _pure_bf16, _optimizer_state,
-    _experts_unquantised, _loss_scaling, _bitsandbytes_on_amd, _padding, _packed_steps,
+    _rule_of_thumb, _batch_range, _rounded_tokens, _few_steps, _positions, _fragmentation, _pure_bf16, _optimizer_state,
+    _experts_unquantised, _loss_scaling, _fp16_overflow, _bitsandbytes_on_amd, _padding, _packed_steps,
 )  # fmt: skip
