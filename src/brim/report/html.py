@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from brim.planner.paging import paged_bytes
 from brim.planner.record import Plan
-from brim.report.memory import list_device_rows
+from brim.report.memory import PAGED_WORDS, list_device_rows
 from brim.report.numbers import format_gib, format_share
-from brim.report.plan import describe_margin, describe_speed, format_verdict, is_fitting, list_schedule
+from brim.report.plan import describe_margin, describe_speed, format_verdict, is_fitting, list_paged, list_schedule
 from brim.report.svg import COLORS, draw_moments
 from brim.report.words import describe_knobs, describe_strategy, describe_workload, list_varied
 from brim.units import format_size
@@ -41,7 +42,7 @@ def format_plan_html(plan: Plan) -> str:
         f"<style>{_STYLE}</style>",
         _format_head(plan),
         "<h4>Memory by moment</h4>",
-        draw_moments(plan.estimate, capacity_bytes=plan.capacity_bytes, budget_bytes=plan.budget_bytes),
+        _draw(plan),
         _format_ledger(plan),
         _format_lines("Why", plan.reasons),
         _format_lines("Warnings", [warning.text for warning in plan.warnings]),
@@ -52,15 +53,23 @@ def format_plan_html(plan: Plan) -> str:
     return f'<div class="brim-plan">{"".join(parts)}</div>'
 
 
+def _draw(plan: Plan) -> str:
+    return draw_moments(
+        plan.estimate, capacity_bytes=plan.capacity_bytes, budget_bytes=plan.budget_bytes,
+        paged_bytes=paged_bytes(plan.workload, plan.estimate),
+    )  # fmt: skip
+
+
 def _format_head(plan: Plan) -> str:
-    used_bytes = plan.estimate.device_bytes
+    used_bytes = plan.estimate.device_bytes - paged_bytes(plan.workload, plan.estimate)
     memory = (
         f"{format_size(used_bytes)} of {format_size(plan.capacity_bytes)} "
         f"({format_share(used_bytes, plan.capacity_bytes)})"
     )
     speed = f"{describe_speed(plan)}" + (" (unmeasured on this card)" if plan.estimate.step_time else "")
     lines = (describe_workload(plan.workload), describe_knobs(plan.strategy))
-    figures = (f"{memory}; {describe_margin(plan.estimate)}", speed)
+    memory = "; ".join((memory, *list_paged(plan), describe_margin(plan.estimate)))
+    figures = (memory, speed)
     return (
         f'<div class="{"fits" if is_fitting(plan) else "misfit"}"><h3>{escape(format_verdict(plan))}</h3>'
         + "".join(f"<p>{escape(line)}</p>" for line in lines)
@@ -71,7 +80,9 @@ def _format_head(plan: Plan) -> str:
 
 def _format_ledger(plan: Plan) -> str:
     rows = []
-    for words, size_bytes in list_device_rows(plan.estimate):
+    paged = paged_bytes(plan.workload, plan.estimate)
+    beside = [(PAGED_WORDS, paged)] if paged else []
+    for words, size_bytes in (*list_device_rows(plan.estimate, paged), *beside):
         key = f'<span class="key" style="background:{COLORS.get(words, "#777777")}"></span>{escape(words)}'
         rows.append(_format_row([key], [format_gib(size_bytes), format_share(size_bytes, plan.capacity_bytes)]))
     moment = f"At the peak ({plan.estimate.peak_moment})" if plan.estimate.moments else "At the peak"

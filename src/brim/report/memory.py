@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
 
 _SMALLEST_ROW_BYTES = GIB // 200
+PAGED_WORDS = "paged states (move to host when the card is full)"
 LEDGER_ROWS = tuple(field.name for field in fields(Ledger))
 
 
@@ -85,24 +86,35 @@ def list_rows(moment: Moment) -> list[tuple[str, int]]:
     return [(words, size_bytes) for words, size_bytes in pairs if size_bytes]
 
 
-def list_device_rows(estimate: Estimate) -> list[tuple[str, int]]:
-    """Return what fills the card at the peak: the ledger, then what allocator and process add; they sum up."""
+def list_device_rows(estimate: Estimate, paged_bytes: int = 0) -> list[tuple[str, int]]:
+    """Return what fills the card at the peak: the ledger, then what allocator and process add; they sum up.
+
+    Args:
+        estimate: the answer.
+        paged_bytes: paged states in its device figure, which leave the card when it is full and are left out.
+    """
     moment = find_peak(estimate)
     rest = (
         ("allocator slack", estimate.peak_reserved_bytes - estimate.peak_allocated_bytes),
-        ("CUDA context", estimate.device_bytes - estimate.peak_reserved_bytes),
+        ("CUDA context", estimate.device_bytes - estimate.peak_reserved_bytes - paged_bytes),
     )
     rows = list_rows(moment) if moment is not None else [("tensors", estimate.peak_allocated_bytes)]
     return [*rows, *((words, size_bytes) for words, size_bytes in rest if size_bytes)]
 
 
-def format_ledger(estimate: Estimate, capacity_bytes: int) -> Table:
-    """Return what fills the card at the peak, row by row, down to what is left free; rows of 0.00 GiB are left out."""
+def format_ledger(estimate: Estimate, capacity_bytes: int, paged_bytes: int = 0) -> Table:
+    """Return what fills the card at the peak, row by row, down to what is left free; rows of 0.00 GiB are left out.
+
+    Paged states stand below, beside the sum.
+    """
     table = make_table("row", "GiB", "of the card", "", right=("GiB", "of the card"))
-    for words, size_bytes in list_device_rows(estimate):
+    for words, size_bytes in list_device_rows(estimate, paged_bytes):
         if size_bytes >= _SMALLEST_ROW_BYTES:
             bar = Bar([size_bytes], capacity_bytes, cells=24, empty=(" ", " "))
             table.add_row(words, format_gib(size_bytes), format_share(size_bytes, capacity_bytes), bar)
-    for words, size_bytes in (("used", estimate.device_bytes), ("free", capacity_bytes - estimate.device_bytes)):
+    used_bytes = estimate.device_bytes - paged_bytes
+    for words, size_bytes in (("used", used_bytes), ("free", capacity_bytes - used_bytes)):
         table.add_row(words, format_gib(size_bytes), format_share(size_bytes, capacity_bytes), style="bold")
+    if paged_bytes:
+        table.add_row(PAGED_WORDS, format_gib(paged_bytes), "", "")
     return table

@@ -10,10 +10,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from brim.cost.calibration import find_accuracy
 from brim.cost.ledger import Estimate
+from brim.planner.paging import paged_bytes
 from brim.planner.record import Plan, Rejected
 from brim.report.commands import Commands
-from brim.report.memory import Bar, format_ledger, make_grid, make_table
+from brim.report.memory import PAGED_WORDS, Bar, format_ledger, make_grid, make_table
 from brim.report.numbers import format_count, format_gib, format_rounded, format_seconds, format_share
 from brim.report.words import describe_batch, describe_knobs, describe_strategy, describe_workload, list_varied
 from brim.units import format_size
@@ -38,7 +40,7 @@ def format_plan(plan: Plan, *, next_commands: Sequence[str] = ()) -> Group:
         Text(""),
         format_figures(plan),
         *format_section("Why", format_list(plan.reasons)),
-        *format_section(f"Memory at the peak{moment}", format_ledger(plan.estimate, plan.capacity_bytes)),
+        *format_section(f"Memory at the peak{moment}", _format_memory(plan)),
         *format_section(_title_alternatives(plan, len(shown)), format_alternatives(plan, shown) if shown else None),
         *format_section("Assumed", format_run((*plan.assumptions, *plan.estimate.notes))),
         *format_section("Warnings", format_list([warning.text for warning in plan.warnings]), style="bold yellow"),
@@ -46,6 +48,10 @@ def format_plan(plan: Plan, *, next_commands: Sequence[str] = ()) -> Group:
         *format_section("Next", Commands(next_commands) if next_commands else None),
     ]
     return Group(*parts)
+
+
+def _format_memory(plan: Plan) -> Table:
+    return format_ledger(plan.estimate, plan.capacity_bytes, paged_bytes(plan.workload, plan.estimate))
 
 
 def format_section(title: str, body: RenderableType | None, style: str = "bold") -> list[RenderableType]:
@@ -68,8 +74,8 @@ def format_run(lines: Iterable[str]) -> Text | None:
 
 
 def is_fitting(plan: Plan) -> bool:
-    """Return whether the plan's peak is within the capacity."""
-    return plan.estimate.device_bytes <= plan.capacity_bytes
+    """Return whether the plan's peak is within its budget: the planner's own criterion."""
+    return plan.estimate.peak_allocated_bytes <= plan.budget_bytes
 
 
 def format_verdict(plan: Plan) -> str:
@@ -78,10 +84,21 @@ def format_verdict(plan: Plan) -> str:
 
 
 def describe_margin(estimate: Estimate) -> str:
-    """Return who answered, and how wrong that answerer has been."""
-    if not estimate.margin_bytes:
+    """Return who answered, and how wrong that answerer has been on published runs of one device."""
+    allocated, device = (find_accuracy(estimate.source, meter) for meter in ("allocated", "device"))
+    if allocated is None:
         return f"{estimate.source}; its error has not been measured"
-    return f"{estimate.source}; in 9 of 10 measured runs it was at most {format_size(estimate.margin_bytes)} too low"
+    if not estimate.margin_bytes:
+        median, p90 = allocated.median_error_fraction, allocated.p90_error_fraction
+        return (
+            f"{estimate.source}; on published runs its allocated peak was wrong by {format_share(median, 1)} at the "
+            f"median, and by up to {format_share(p90, 1)} in 9 of 10"
+        )
+    too_low = format_size(estimate.margin_bytes)
+    words = f"{estimate.source}; on published runs its allocated peak was at most {too_low} too low in 9 of 10"
+    if device is None:
+        return words
+    return f"{words}; nvidia-smi figure: median error {format_share(device.median_error_fraction, 1)}"
 
 
 def format_figures(plan: Plan) -> Table:
@@ -90,7 +107,7 @@ def format_figures(plan: Plan) -> Table:
     grid.add_row("job", Text(describe_workload(plan.workload)))
     grid.add_row("strategy", Text(describe_knobs(plan.strategy)))
     grid.add_row("memory", _draw_memory(plan))
-    for line in (_describe_limit(plan), describe_margin(plan.estimate)):
+    for line in (_describe_limit(plan), *list_paged(plan), describe_margin(plan.estimate)):
         grid.add_row("", Text(line, style="dim"))
     grid.add_row("speed", Text(describe_speed(plan)))
     if plan.estimate.step_time is not None:
@@ -100,12 +117,18 @@ def format_figures(plan: Plan) -> Table:
 
 def _draw_memory(plan: Plan) -> Table:
     estimate, capacity_bytes = plan.estimate, plan.capacity_bytes
-    used_bytes = estimate.device_bytes
+    used_bytes = estimate.device_bytes - paged_bytes(plan.workload, estimate)
     parts = (estimate.peak_allocated_bytes, used_bytes - estimate.peak_allocated_bytes)
     grid = make_grid(2, gap=1)
     words = f"{format_gib(used_bytes)} of {format_size(capacity_bytes)} ({format_share(used_bytes, capacity_bytes)})"
     grid.add_row(Bar(parts, capacity_bytes, mark=plan.budget_bytes), Text(words, style="bold"))
     return grid
+
+
+def list_paged(plan: Plan) -> list[str]:
+    """Return one line on paged states, which are not part of the figure; none without them."""
+    size_bytes = paged_bytes(plan.workload, plan.estimate)
+    return [f"beside it {format_size(size_bytes)} of {PAGED_WORDS}"] if size_bytes else []
 
 
 def _describe_limit(plan: Plan) -> str:

@@ -29,10 +29,10 @@ class _Scale:
         return _LABEL_WIDTH + (_WIDTH - _LABEL_WIDTH - _VALUE_WIDTH) * size_bytes / self.whole_bytes
 
 
-def draw_moments(estimate: Estimate, *, capacity_bytes: int, budget_bytes: int) -> str:
+def draw_moments(estimate: Estimate, *, capacity_bytes: int, budget_bytes: int, paged_bytes: int = 0) -> str:
     """Return an SVG: a stacked bar per moment, one for the whole card at the peak, and two lines for the limits."""
     bars = [(moment.name, list_rows(moment)) for moment in estimate.moments]
-    bars.append(("card at the peak", list_device_rows(estimate)))
+    bars.append(("card at the peak", list_device_rows(estimate, paged_bytes)))
     scale = _Scale(max(capacity_bytes, *(sum(size for _, size in rows) for _, rows in bars), 1))
     height = _ROW_HEIGHT * len(bars) + 24
     body = [part for index, (name, rows) in enumerate(bars) for part in _draw_bar(index, name, rows, scale)]
