@@ -2,7 +2,7 @@
 # make setup   the development install that everything else builds on
 # make test    every test
 .POSIX:
-.PHONY: plan setup test slow lint bench accuracy schema clean
+.PHONY: plan setup test slow lint bench accuracy clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -52,9 +52,15 @@ def test_a_typing_error_gets_the_close_match() -> None:
         read_cluster("rtx 5099")
 
 
-@pytest.mark.parametrize("text", ["", "24", "0GiB", "9999999999TB", "nonsense" * 50])
+@pytest.mark.parametrize("text", ["", "24", "9999999999TB", "nonsense" * 50])
 def test_what_is_no_gpu_is_refused(text: str) -> None:
     with pytest.raises(UnknownName):
+        read_cluster(text)
+
+
+@pytest.mark.parametrize("text", ["0GiB", "0.0gb", "0 MB", "00b", "0GiB:2"])
+def test_a_size_of_zero_is_called_zero(text: str) -> None:
+    with pytest.raises(InvalidInput, match="the size of the GPU is zero"):
         read_cluster(text)
 
 

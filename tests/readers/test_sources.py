@@ -298,7 +298,7 @@ def test_a_permission_error_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
         raise PermissionError(13, "Permission denied")
 
     path = write_config(tmp_path)
-    monkeypatch.setattr("brim.readers.json_file.os.open", refuse)
+    monkeypatch.setattr("brim.readers.regular_file.os.open", refuse)
     with pytest.raises(InvalidFile, match="Permission denied"):
         read_model(str(path))
 

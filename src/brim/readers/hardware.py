@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from brim.errors import InvalidInput, InvalidSize, UnknownName, quoted
@@ -11,6 +12,7 @@ from brim.tables.read import find_device, match_device
 from brim.units import MIB, format_size, parse_size
 
 _MOST_DEVICES = 1024
+_ZERO = re.compile(r"(0+\.?0*|\.0+)\s*([kmgt]i?)?b?", re.IGNORECASE)
 _UNNOTICED_BYTES = 64 * MIB
 """Less than this in use is not worth a word: an idle driver holds a few MiB."""
 
@@ -62,18 +64,8 @@ def _read_device(name: str) -> tuple[Device, str]:
     try:
         device = find_device(name)
     except UnknownName as unknown:
-        dashed = "-".join(name.split())
-        device = _find_dashed(dashed) if dashed not in ("", name) else None
-        if device is None:
-            return _read_size(name, unknown)
+        return _read_size(name, unknown)
     return device, f"{device.name}, {format_size(device.capacity_bytes)}"
-
-
-def _find_dashed(name: str) -> Device | None:
-    try:
-        return find_device(name)
-    except UnknownName:
-        return None
 
 
 def _read_size(name: str, unknown: UnknownName) -> tuple[Device, str]:
@@ -83,6 +75,8 @@ def _read_size(name: str, unknown: UnknownName) -> tuple[Device, str]:
     try:
         size_bytes = parse_size(name)
     except InvalidSize:
+        if _ZERO.fullmatch(name):
+            raise InvalidInput(f"the size of the GPU is zero: {quoted(name)}; write for example 24GiB") from None
         raise unknown from None
     device = Device(name=name, capacity_bytes=size_bytes, source="the size the user gave")
     return device, f"any GPU with {format_size(size_bytes)} (speed unknown)"

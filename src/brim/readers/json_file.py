@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import stat
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from brim.errors import InvalidConfig, InvalidFile
+from brim.errors import InvalidConfig
+from brim.readers.regular_file import open_regular
 from brim.units import format_size
 
 LARGEST_BYTES = 5_000_000
 """More than ten times the largest config.json seen (vision models that list 21,000 labels), bytes."""
-
-# Opening must neither wait for the writer of a FIFO nor take over a terminal.
-_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 def read_json_object(path: str) -> Mapping[str, Any]:
@@ -48,28 +44,15 @@ def refuse_large(size_bytes: int, source: str) -> None:
 
 
 def _read_text(path: str) -> str:
-    try:
-        data = _read_bytes(path)
-    except OSError as error:
-        raise InvalidFile(path=path, problem=f"cannot be read: {error.strerror or error}") from None
-    except ValueError:
-        raise InvalidFile(path=path, problem="is no file name") from None
+    with open_regular(path) as (file, size_bytes):
+        refuse_large(size_bytes, path)
+        # One byte more, for files that lie about their size (/proc) or grow.
+        data = file.read(LARGEST_BYTES + 1)
     refuse_large(len(data), path)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
         raise InvalidConfig(source=path, path="the file", problem="is not UTF-8 text") from None
-
-
-def _read_bytes(path: str) -> bytes:
-    descriptor = os.open(path, _OPEN_FLAGS)
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise InvalidFile(path=path, problem="is no regular file")
-        refuse_large(status.st_size, path)
-        # One byte more, for files that lie about their size (/proc) or grow.
-        return file.read(LARGEST_BYTES + 1)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -64,7 +64,6 @@ class Trainer:
     name: str
     aliases: tuple[str, ...]
     default_checkpointing: Literal["none", "selective", "full"]
-    default_load_dtype: str
     autocast: bool
     qlora_adapter_dtype: Dtype
     lora_adapter_dtype: Dtype
@@ -76,7 +75,6 @@ class Trainer:
     step_note: str
     source: str
     retrieved: str
-    default_seq_len: int | None = None
     activation_offload: bool = False
     flattens_packed: bool = False
 
@@ -204,7 +202,7 @@ def list_sizes() -> tuple[Size, ...]:
 
 
 def _fold(name: str) -> str:
-    return name.strip().lower().replace("_", "-")
+    return "-".join(name.lower().replace("_", "-").split())
 
 
 def _find(kind: str, name: str, rows: Iterable[tuple[str, Iterable[str], T]], hint: str = "") -> T:
