@@ -11,6 +11,7 @@ import jsonschema
 import pytest
 
 import brim
+import brim.api
 from brim.errors import DoesNotFit, InvalidFile, InvalidInput, InvalidStrategy, UnknownName
 from brim.readers.sources import read_model
 
@@ -134,11 +135,65 @@ def test_unreadable_plans_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InvalidFile, match="cannot be read: not UTF-8 text"):
         brim.load_plan(tmp_path / "bytes.json")
-    (tmp_path / "huge.json").write_bytes(b" " * (33 * 2**20))
-    with pytest.raises(InvalidFile, match="is larger than 33,554,432 bytes; no plan is"):
+    (tmp_path / "huge.json").write_bytes(b" " * 50_000_001)
+    with pytest.raises(InvalidFile, match="is larger than 50,000,000 bytes; no plan is"):
         brim.load_plan(tmp_path / "huge.json")
     with pytest.raises(InvalidFile):
         brim.load_plan("nul\0byte")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_only_a_regular_file_is_read_as_a_plan(tmp_path: Path, kind: str) -> None:
+    path = {"pipe": tmp_path / "pipe", "device": Path("/dev/zero"), "folder": tmp_path}[kind]
+    if kind == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(InvalidFile, match="is no regular file"):
+        brim.load_plan(path)
+
+
+@pytest.mark.parametrize(("place", "said"), [
+    (("recipe", "optimizer"), "unknown optimizer 'adamx'; did you mean adamw"),
+    (("recipe", "engine", "name"), "unknown trainer 'adamx'"),
+    (("task",), "unknown task 'adamx'; known: chat"),
+    (("cluster", "device", "link"), "unknown link 'adamx'"),
+])  # fmt: skip
+def test_names_of_an_edited_plan_are_checked(
+    plan: brim.Plan, tmp_path: Path, place: tuple[str, ...], said: str
+) -> None:
+    document = brim.api.describe_plan(plan)
+    inside = document["workload"]
+    for key in place[:-1]:
+        inside = inside[key]
+    inside[place[-1]] = "adamx"
+    path = tmp_path / "edited.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(InvalidFile) as refused:
+        brim.load_plan(path)
+    assert said in str(refused.value) and str(path)[:20] in str(refused.value)
+
+
+def test_rows_of_a_dataset_file_are_its_sequences(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "x"}\n' * 5000)
+    job = {"gpu": "rtx-4090", "method": "qlora", "dataset": str(path)}
+    plan = brim.plan("8B", **job)
+    assert plan.workload.data.num_sequences == 5000 and plan.schedule.steps_per_epoch == 157
+    assert any(said.startswith("5,000 rows in ") for said in plan.assumptions)
+    assert brim.plan("8B", **job, dataset_size=64).workload.data.num_sequences == 64
+    packed = brim.plan("8B", **job, packing=True)
+    assert packed.workload.data.num_sequences is None
+    assert any("packed rows are no sequences" in said for said in packed.assumptions)
+    for size in (None, 64):
+        with pytest.raises(InvalidFile, match="dataset cannot be read"):
+            brim.plan("8B", gpu="rtx-4090", dataset=str(tmp_path / "none.jsonl"), dataset_size=size)
+
+
+def test_an_export_for_an_older_release() -> None:
+    plan = brim.plan("8B", gpu="rtx-4090", method="qlora", trainer="transformers")
+    older = brim.export(plan, "trl", version="0.12")
+    assert "max_seq_length" in older.keywords and "max_length" not in older.keywords
+    with pytest.raises(UnknownName, match="unknown trl version 'x'; known: trl>="):
+        brim.export(plan, "trl", version="x")
 
 
 def test_estimates_stand_side_by_side() -> None:

@@ -20,7 +20,7 @@ from brim.planner.plan import plan_workload
 from brim.planner.record import Plan
 from brim.spec.model import ModelShape
 from brim.spec.strategy import Strategy
-from brim.tables.read import find_trainer
+from brim.tables.read import find_link, find_optimizer, find_task, find_trainer
 
 if TYPE_CHECKING:
     from brim.cost.ledger import Estimate
@@ -32,7 +32,7 @@ __all__ = [
 ]  # fmt: skip
 
 _ANSWERERS: Mapping[str, Callable[[], Answerer]] = {"rule": answer_by_rule, "formula": answer_by_formula}
-_LARGEST_PLAN_BYTES = 32 * 2**20
+_LARGEST_PLAN_BYTES = 50_000_000
 
 
 def plan(model: str | ModelShape, **options: Any) -> Plan:
@@ -51,14 +51,10 @@ def plan(model: str | ModelShape, **options: Any) -> Plan:
     said = read_options(options)
     job = _read_job(model, said)
     answerer = _find_answerer(said.by or "formula")
-    return plan_workload(
-        job.workload, job.fixed, answerer, assumptions=job.assumptions, brim_version=__version__
-    )
+    return plan_workload(job.workload, job.fixed, answerer, assumptions=job.assumptions, brim_version=__version__)
 
 
-def estimate(
-    model: str | ModelShape, *, by: Sequence[str] = ("formula",), **options: Any
-) -> tuple[Estimate, ...]:
+def estimate(model: str | ModelShape, *, by: Sequence[str] = ("formula",), **options: Any) -> tuple[Estimate, ...]:
     """Return what one way of running costs, one estimate per answerer.
 
     What is not said stands as the trainer has it: micro-batch 1, no accumulation, its own checkpointing.
@@ -80,15 +76,20 @@ def estimate(
     return tuple(answerer.estimate(job.workload, strategy) for answerer in answerers)
 
 
-def export(plan: Plan, target: str) -> Export:
+def export(plan: Plan, target: str, *, version: str | None = None) -> Export:
     """Return the plan in the words of a framework: keywords, files, launch line.
 
+    Args:
+        plan: what `plan` or `load_plan` returned.
+        target: trl, transformers, unsloth, accelerate or deepspeed.
+        version: release of the target to write for, for example `0.20`; the newest if None.
+
     Raises:
-        UnknownName: no such target. Inexpressible: the target has no word for a setting of the plan.
+        UnknownName: no such target or release. Inexpressible: the target has no word for a setting of the plan.
     """
     from brim.exporters import export_plan
 
-    return export_plan(plan, target)
+    return export_plan(plan, target, version=version)
 
 
 def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
@@ -104,18 +105,36 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     """Return the plan a file holds, checked.
 
     Raises:
-        InvalidFile: the file is missing, too large, broken, or of a newer schema.
+        InvalidFile: the file is missing, no regular file, too large, broken, of a newer schema, or it names an
+            optimizer, trainer or task that no table has.
     """
+    from brim.readers.regular_file import open_regular
+
     name = os.fspath(path)
-    try:
-        with open(name, "rb") as file:
-            raw = file.read(_LARGEST_PLAN_BYTES + 1)
-        text = raw.decode("utf-8")
-    except (OSError, ValueError) as error:
-        raise InvalidFile(path=name, problem=_what_failed(error, "cannot be read")) from None
+    with open_regular(name) as (file, _):
+        raw = file.read(_LARGEST_PLAN_BYTES + 1)
     if len(raw) > _LARGEST_PLAN_BYTES:
         raise InvalidFile(path=name, problem=f"is larger than {_LARGEST_PLAN_BYTES:,} bytes; no plan is")
-    return read_plan(text, path=name)
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise InvalidFile(path=name, problem="cannot be read: not UTF-8 text") from None
+    loaded = read_plan(text, path=name)
+    try:
+        _check_names(loaded)
+    except UnknownName as error:
+        raise InvalidFile(path=name, problem=str(error)) from None
+    return loaded
+
+
+def _check_names(plan: Plan) -> None:
+    """Raise UnknownName if a plan names what no table has."""
+    workload = plan.workload
+    find_optimizer(workload.recipe.optimizer)
+    find_trainer(workload.recipe.engine.name)
+    find_task(workload.task)
+    if workload.cluster.device.link is not None:
+        find_link(workload.cluster.device.link)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -173,22 +192,46 @@ def _read_job(model: str | ModelShape, options: JobOptions) -> Job:
     """Return the job, with where model and devices were read from as its first assumptions."""
     from brim.readers.hardware import read_cluster
 
-    shape, origin = _read_shape(model, refresh=bool(options.refresh))
+    shape, origin, config = _read_shape(model, refresh=bool(options.refresh))
     cluster, hardware = read_cluster(options.gpu or "auto", num_nodes=options.num_nodes or 1)
-    job = build_job(shape, cluster, options)
     found = f"gpu {hardware}" if options.gpu else f"gpu auto: {hardware}"
-    return replace(job, assumptions=(*origin, found, *job.assumptions))
+    options, counted = _count_sequences(options)
+    said = (*origin, found, *counted)
+    if config.get("quantization_config"):
+        from brim.readers.quantization import follow_checkpoint, keep_storage, read_quantization
+
+        stored = read_quantization(config, name=shape.name)
+        if stored is not None:
+            options, filled = follow_checkpoint(options, stored, shape.name)
+            job = keep_storage(build_job(shape, cluster, options), stored)
+            return replace(job, assumptions=(*said, *filled, *job.assumptions))
+    job = build_job(shape, cluster, options)
+    return replace(job, assumptions=(*said, *job.assumptions))
 
 
-def _read_shape(model: str | ModelShape, *, refresh: bool) -> tuple[ModelShape, tuple[str, ...]]:
+def _count_sequences(options: JobOptions) -> tuple[JobOptions, tuple[str, ...]]:
+    """Return the options with the rows of a dataset file counted, unless the user said how many there are."""
+    if options.dataset is None:
+        return options, ()
+    from brim.readers.dataset import find_file, read_dataset
+
+    if options.dataset_size is not None:
+        find_file(options.dataset)
+        return options, ()
+    rows, sentence = read_dataset(options.dataset, packing=bool(options.packing))
+    return replace(options, dataset_size=rows), (sentence,) if sentence else ()
+
+
+def _read_shape(model: str | ModelShape, *, refresh: bool) -> tuple[ModelShape, tuple[str, ...], Mapping[str, Any]]:
+    """Return the shape, where it was read from, and the config it was read from."""
     if isinstance(model, ModelShape):
-        return model, ()
+        return model, (), {}
     if not isinstance(model, str) or not model.strip() or not model.isprintable():
         raise InvalidInput(f"model must be a hub id, a folder, a config.json or a size such as 7B, not {quoted(model)}")
-    from brim.readers.sources import read_model
+    from brim.readers.sources import read_checkpoint
 
-    shape, origin = read_model(model, refresh=refresh)
-    return shape, (f"model {origin}",)
+    shape, origin, config = read_checkpoint(model, refresh=refresh)
+    return shape, (f"model {origin}",), config
 
 
 def _find_answerer(name: str) -> Answerer:

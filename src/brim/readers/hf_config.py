@@ -39,8 +39,8 @@ def read_config(config: Mapping[str, Any], *, name: str) -> ModelShape:
     """Return the shape of the model a `config.json` describes; parameters equal transformers' to the last one.
 
     The class counted is `architectures[0]`, else the natural one to train. Keys a config leaves out take
-    transformers' defaults for its `model_type`. A `quantization_config` is ignored: shapes are those of the
-    unquantised model. Remote code (`auto_map`) is ignored if transformers knows the `model_type` itself.
+    transformers' defaults for its `model_type`. A `quantization_config` changes no shape; `readers.quantization`
+    reads it. Remote code (`auto_map`) is ignored if transformers knows the `model_type` itself.
 
     Args:
         config: the parsed JSON object.
