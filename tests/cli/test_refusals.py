@@ -37,6 +37,11 @@ Run = Callable[..., Any]
     (["plan", "8B", "--gpu", "rtx-4090:3", "--effective-batch-size", "32"], "nearest: "),
     (["plan", "8B", "--gpu", "rtx-4090", "--method", "qlora", "--export", "trll"], "did you mean trl?"),
     (["plan", "/no/such/folder", "--gpu", "t4"], "/no/such/folder"),
+    (["plan", "8B", "--gpu", "0GiB"], "the size of the GPU is zero: '0GiB'; write for example 24GiB"),
+    (["plan", "17B", "--gpu", "t4"], "no card of 17B; nearest 16B and 20B"),
+    (["plan", "8B", "--gpu", "rtx-4090", "--dataset", "no.jsonl"], "'no.jsonl': dataset cannot be read"),
+    (["plan", "8B", "--gpu", "rtx-4090", "--for-version", "0.20"], "name the target with --export"),
+    (["plan", "8B", "--gpu", "rtx-4090", "--export", "trl", "--for-version", "x"], "unknown trl version 'x'"),
     (["estimate", "8B", "--gpu", "t4", "--by", "formula,guess"], "guess"),
     (["estimate", "8B", "--gpu", "t4", "--by", ""], "answerer"),
     (["show", "no-plan.json"], "no-plan.json"),
@@ -54,6 +59,16 @@ def test_bad_input_is_one_line_and_code_2(brim: Run, words: list[str], said: str
     assert done.err.startswith("error: ") and done.err.count("\n") == 1
     assert said in done.err
     assert len(done.err) < 400
+
+
+@pytest.mark.parametrize("words", [["show", "pipe"], ["export", "pipe", "trl"], ["plan", "8B", "--dataset", "pipe"]])
+def test_a_pipe_is_refused_not_waited_for(
+    brim: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    done = brim(*words, *(["--gpu", "rtx-4090"] if words[0] == "plan" else []))
+    assert (done.code, done.out, done.err) == (2, "", "error: 'pipe': is no regular file\n")
 
 
 def test_what_does_not_fit_says_what_would(brim: Run) -> None:

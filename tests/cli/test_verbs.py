@@ -64,6 +64,31 @@ def test_plan_and_export_write_the_same_files(brim: Run, job: tuple[str, ...], t
     assert f"cd {first} && " in join_lines(planned.out) and f"cd {second} && " in join_lines(exported.out)
 
 
+def test_an_older_release_can_be_written_for(brim: Run, job: tuple[str, ...], tmp_path: Path) -> None:
+    """TRL before 1.4 has no chunked loss: the plan is one that it has words for."""
+    path, first, second = str(tmp_path / "plan.json"), tmp_path / "first", tmp_path / "second"
+    words = ["--export", "trl", "--for-version", "0.20"]
+    planned = brim("plan", *job, "--out", path, *words, "--export-dir", str(first))
+    exported = brim("export", path, "trl", "--for-version", "0.20", "--export-dir", str(second))
+    assert planned.code == exported.code == 0
+    assert "for trl>=0.19,<0.22" in exported.out
+    assert (first / "train.py").read_text() == (second / "train.py").read_text()
+    assert "note: planned for trainer transformers: " in planned.err
+    kept = brim("plan", *job, *words, "--trainer", "trl", "--export-dir", str(first))
+    assert kept.code == 2 and "cannot express the chunked loss" in kept.err
+
+
+def test_a_plan_is_made_for_its_target(brim: Run, job: tuple[str, ...], tmp_path: Path) -> None:
+    for target in ("transformers", "unsloth", "accelerate", "deepspeed"):
+        done = brim("plan", *job, "--export", target, "--export-dir", str(tmp_path / target))
+        assert done.code == 0, done.err
+
+
+def test_words_are_folded(brim: Run, job: tuple[str, ...]) -> None:
+    asked, dashed = (brim("plan", *job, "--task", task) for task in ("Instruction  tuning", "instruction-tuning"))
+    assert asked.code == 0 and asked.out.split("brim plan")[0] == dashed.out.split("brim plan")[0]
+
+
 def test_export_prints_json(brim: Run, job: tuple[str, ...], tmp_path: Path) -> None:
     path = str(tmp_path / "plan.json")
     plan = brim("plan", *job, "--json", "--out", path).json

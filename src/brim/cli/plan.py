@@ -6,8 +6,9 @@ from typing import Any
 
 import typer
 
+from brim.cli.aim import aim_at
 from brim.cli.options import AS_JSON, takes_job
-from brim.cli.results import EXPORT_DIR, print_plan, suggest_export, write_results
+from brim.cli.results import EXPORT_DIR, FOR_VERSION, print_plan, suggest_export, write_results
 
 _OUT = typer.Option(None, "--out", metavar="FILE", help="Write the plan as JSON.")
 _EXPORT = typer.Option(None, "--export", metavar="TARGET", help="Write TARGET's configuration and a script that runs.")
@@ -20,6 +21,7 @@ def run_plan(
     out: str | None = _OUT,
     export: str | None = _EXPORT,
     export_dir: str = EXPORT_DIR,
+    for_version: str | None = FOR_VERSION,
     as_json: bool = AS_JSON,
 ) -> None:
     """Choose a configuration that fits the GPU and keeps the batch.
@@ -36,7 +38,7 @@ def run_plan(
     """
     from brim import api
 
-    plan = api.plan(model, **job)
-    exported = api.export(plan, export) if export is not None else None
+    plan = api.plan(model, **job, **aim_at(export, for_version, job))
+    exported = api.export(plan, export, version=for_version) if export is not None else None
     next_commands = write_results(plan, out=out, exported=exported, folder=export_dir)
     print_plan(plan, next_commands or suggest_export(plan, model, job), as_json=as_json)

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from brim.planner.record import Plan
 
 EXPORT_DIR = typer.Option(".", "--export-dir", metavar="DIR", help="Folder for the exported files.")
+FOR_VERSION = typer.Option(
+    None, "--for-version", metavar="VERSION",
+    help="Release of the target to write for, such as 0.20 of TRL; the newest if left out.",
+)  # fmt: skip
 
 
 def write_results(plan: Plan, *, out: str | None, exported: Export | None, folder: str) -> list[str]:
