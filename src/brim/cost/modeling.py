@@ -48,6 +48,7 @@ _PLAIN = Modeling()
 _GEMMA = Modeling(norm_product="offset")
 _OLMO = Modeling(norm_order="branch", norm_product="wide")
 _BERT = Modeling(norm_order="after", softmax="autocast")
+_T5 = Modeling(norm_product="unwidened", softmax="autocast", position_bias=True, has_flash=False, widens_inner=True)
 _DEEPSEEK = Modeling(wide_router=True, wide_routes=True)
 _MODELING = {
     "mixtral": Modeling(wide_routes=True),
@@ -60,9 +61,7 @@ _MODELING = {
     "gpt2": Modeling(softmax="autocast"),
     "falcon": Modeling(softmax="autocast", always_masks=True, copies_heads=True, adds_bias=True),
     "bert": _BERT, "roberta": _BERT, "bart": _BERT,
-    "t5": Modeling(
-        norm_product="unwidened", softmax="autocast", position_bias=True, has_flash=False, widens_inner=True
-    ),
+    "t5": _T5, "mt5": _T5,
 }  # fmt: skip
 
 
