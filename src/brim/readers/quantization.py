@@ -53,7 +53,7 @@ def _read_bitsandbytes(fields: ConfigFields) -> Quantization | None:
     kind = fields.text("bnb_4bit_quant_type")
     if kind not in ("nf4", "fp4"):
         fields.refuse("bnb_4bit_quant_type", f"must be nf4 or fp4, not {describe(kind)}")
-    return Quantization(kind=kind, double_quant=fields.flag("bnb_4bit_use_double_quant"))
+    return Quantization(kind="nf4" if kind == "nf4" else "fp4", double_quant=fields.flag("bnb_4bit_use_double_quant"))
 
 
 def _read_gptq(fields: ConfigFields) -> Quantization:
