@@ -214,6 +214,15 @@ def test_gradients_grow_while_the_backward_pass_goes_down() -> None:
     assert {twice[name] for name in ("loss", "loss backward", "backward of layers")} == {total}
 
 
+@pytest.mark.parametrize("name", ["evaluation", "saving"])
+def test_zeroed_gradients_stay_between_steps(name: str) -> None:
+    """A loop that zeroes gradients rather than dropping them has them during evaluation and saving too."""
+    freed, zeroed = (
+        at_moment(job(engine=Engine(name="plain", set_to_none=one)), way(1), name) for one in (True, False)
+    )
+    assert (freed.gradients, zeroed.gradients) == (0, freed.parameters)
+
+
 def test_the_first_step_has_no_optimizer_states() -> None:
     """A probe of a single pass would miss them: the first step is a moment of its own, below the steady ones."""
     moments = {moment.name: moment for moment in estimate(job(), way(4)).moments}

@@ -60,11 +60,15 @@ class _Parts(NamedTuple):
     head: Block
 
     @property
+    def lasting_gradients(self) -> int:
+        """Gradients that outlive the optimizer step, zeroed rather than freed, bytes."""
+        return 0 if self.workload.recipe.engine.set_to_none else self.states.gradients_bytes
+
+    @property
     def resident_gradients(self) -> int:
-        """Gradients that are there when a micro-batch starts."""
+        """Gradients that are there when a micro-batch starts, bytes."""
         accumulates = self.strategy.gradient_accumulation_steps > 1
-        keeps = accumulates or not self.workload.recipe.engine.set_to_none
-        return self.states.gradients_bytes if keeps else 0
+        return self.states.gradients_bytes if accumulates else self.lasting_gradients
 
 
 def peak_bytes(workload: Workload, strategy: Strategy) -> int:
@@ -143,7 +147,7 @@ def _moments(parts: _Parts) -> Iterator[Rows]:
     yield from _backward_rows(parts)
     yield _step_rows(parts)
     yield from _evaluation_rows(parts)
-    yield Rows("saving", ZERO, fixed(parts.states.optimizer_bytes), ZERO, ZERO)
+    yield Rows("saving", fixed(parts.lasting_gradients), fixed(parts.states.optimizer_bytes), ZERO, ZERO)
 
 
 def _kept_by_layers(parts: _Parts) -> Size:
@@ -242,7 +246,8 @@ def _evaluation_rows(parts: _Parts) -> Iterator[Rows]:
     for block in (*(block for _, block in parts.layers), parts.head):
         for instant in block.evaluation:
             passing = instant.kept + instant.passing
-            yield Rows("evaluation", ZERO, fixed(parts.states.optimizer_bytes), ZERO, passing)
+            gradients, states = fixed(parts.lasting_gradients), fixed(parts.states.optimizer_bytes)
+            yield Rows("evaluation", gradients, states, ZERO, passing)
 
 
 def _sequence_tokens(workload: Workload) -> int:
