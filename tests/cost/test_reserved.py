@@ -54,6 +54,17 @@ def test_the_replay_allocates_what_the_formula_counts(workload: Workload, strate
     assert 0.99 < ratio < 1.03
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_a_layer_that_runs_again_holds_its_input(mode: str, reentrant: bool) -> None:
+    """Its own operations do not keep it in bf16, the checkpoint does; the reentrant form holds the output as well."""
+    engine = Engine(name="trl", evaluates=False, reentrant_checkpointing=reentrant)
+    workload = roomy(job(method="qlora", engine=engine, autocast=True))
+    strategy = way(16, 2, activation_checkpointing=mode, loss_kernel="fused")
+    assert estimate(workload, strategy).peak_moment == "backward of layers"
+    assert replay(workload, strategy).peak_allocated_bytes == pytest.approx(peak_bytes(workload, strategy), rel=5e-4)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("model", ["mistralai/Mixtral-8x7B-v0.1", "google-t5/t5-base", "google/gemma-3-4b-pt"])
 def test_other_architectures_replay_to_the_same_peak(model: str, mode: str) -> None:

@@ -214,15 +214,22 @@ def _backward_rows(parts: _Parts) -> Iterator[Rows]:
     for index in range(len(parts.layers) - 1, -1, -1):
         group, block = parts.layers[index]
         name, per_layer = _group_name("backward", parts, index), layer_gradient_bytes(group, recipe)
-        below = below - _kept(parts, block)
+        below, beside = below - _kept(parts, block), _input_beside(parts, block)
         for instant in block.backward:
-            yield _busy(parts, name, instant, below, made, held)
+            yield _busy(parts, name, instant, below + beside, made, held)
         rest = group.count - 1
         below, made = below - _kept(parts, block).times(rest), made + per_layer * rest
         if rest:
             for instant in block.backward:
-                yield _busy(parts, name, instant, below, made, held)
+                yield _busy(parts, name, instant, below + beside, made, held)
         made += per_layer
+
+
+def _input_beside(parts: _Parts, block: Block) -> Size:
+    """Input of a layer that runs again, where none of its operations keeps it: the checkpoint holds it meanwhile."""
+    made = [sum(event.allocates for event in events) for events in (block.forward_events, block.evaluation_events)]
+    recomputes = parts.strategy.activation_checkpointing != "none"
+    return block.stream if recomputes and made[0] == made[1] else ZERO
 
 
 def _group_name(what: str, parts: _Parts, index: int) -> str:

@@ -85,6 +85,8 @@ class _Kind(NamedTuple):
     """16-bit weights that autocast keeps until the forward pass ends, bytes."""
     gradients: tuple[int, ...]
     """Gradients of its weights, bytes each."""
+    reentrant: bool
+    """Whether a checkpoint holds the output while it goes back."""
 
 
 def _read_kind(group: LayerGroup, job: _Job, folded: bool) -> _Kind:
@@ -103,6 +105,7 @@ def _read_kind(group: LayerGroup, job: _Job, folded: bool) -> _Kind:
         script=write_script(part, job.tokens), rest=rest,
         attention=block.attention_kept.at(job.tokens) if mode == "selective" else 0,
         cached=weights if casts and job.checkpointed else 0, gradients=list_layer_gradients(group, recipe),
+        reentrant=reentrant,
     )  # fmt: skip
 
 
@@ -195,9 +198,12 @@ class _Checkpointed(_Layer):
         self.base = player.name(script)
         given = _receive(player, script, self.base, stream)
         player.play(script.forward, self.base)
-        given += player.hold(*self.kind.rest)
-        player.free(self.base + script.output[0])
-        return given
+        output = [self.base + script.output[0]]
+        if self.kind.reentrant:  # it runs to its end and holds the output
+            given += output
+        else:
+            player.drop(output)
+        return given + player.hold(*self.kind.rest)
 
     def release(self) -> None:
         """Give back what is kept."""
