@@ -215,10 +215,12 @@ def _count_sequences(options: JobOptions) -> tuple[JobOptions, tuple[str, ...]]:
         return options, ()
     from brim.readers.dataset import find_file, read_dataset
 
+    name, file = options.dataset, find_file(options.dataset)
+    if file is not None:  # the script that is exported may be started from another folder
+        options = replace(options, dataset=os.path.abspath(file))
     if options.dataset_size is not None:
-        find_file(options.dataset)
         return options, ()
-    rows, sentence = read_dataset(options.dataset, packing=bool(options.packing))
+    rows, sentence = read_dataset(name, packing=bool(options.packing))
     return replace(options, dataset_size=rows), (sentence,) if sentence else ()
 
 

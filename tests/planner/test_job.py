@@ -17,6 +17,8 @@ def test_defaults_are_said() -> None:
         "LoRA alpha 32, twice the rank",
         "LoRA on every attention and feed-forward matrix: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, "
         "down_proj",
+        "left to itself trl loads weights in fp32, cuts at 1,024 tokens, full checkpointing; what is exported sets "
+        "each explicitly",
         "sequences of 2,048 tokens",
         "effective batch 32 sequences: low end of the optimal range of instruction-tuning, 32-64 sequences",
         "1 epoch",

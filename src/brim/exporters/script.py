@@ -144,6 +144,7 @@ def _head_facts(plan: Plan, dialect: Dialect) -> dict[str, Any]:
         "effective": plan.effective_batch_size,
         "cluster_text": plain(f"{cluster.num_devices} x {cluster.device.name}"),
         "seq_len": workload.data.seq_len,
+        "dataset": workload.data.name,
         "recipe": recipe,
         "strategy": strategy,
         "peak_text": f"{format_size(estimate.peak_allocated_bytes)} allocated, {format_size(estimate.device_bytes)} "
@@ -184,7 +185,9 @@ def _remarks(plan: Plan) -> dict[str, str]:
 
 
 def _quantizer(plan: Plan) -> tuple[str, ...]:
-    """Return bitsandbytes where the base or the optimizer needs it."""
+    """Return what reads the quantised base, or makes the optimizer's states small."""
     quantization, optimizer = plan.workload.recipe.quantization, plan.workload.recipe.optimizer
-    stored = quantization is not None and quantization.kind != "gptq-int4"
+    if quantization is not None and quantization.kind == "gptq-int4":
+        return ("gptqmodel", "optimum")
+    stored = quantization is not None
     return ("bitsandbytes",) if stored or any(part in optimizer for part in ("8bit", "paged", "lion")) else ()

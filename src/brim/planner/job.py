@@ -48,6 +48,8 @@ def build_job(shape: ModelShape, cluster: Cluster, options: JobOptions) -> Job:
         said.append("task instruction-tuning")
     recipe = choose_recipe(shape, cluster.device, trainer, options)
     said += recipe.assumptions
+    if options.dtype is None or options.seq_len is None:
+        said.append(describe_trainer(trainer))
     seq_len = _choose_seq_len(shape, options, said)
     batch = choose_batch(_request(options), task, seq_len=seq_len, ranks=cluster.num_devices)
     if not _asks_batch(options):
@@ -79,6 +81,14 @@ def _choose_trainer(shape: ModelShape, options: JobOptions, said: list[str]) -> 
     trainer = find_trainer("trl" if is_causal(shape) else "transformers")
     said.append(f"trainer {trainer.name}")
     return trainer
+
+
+def describe_trainer(trainer: Trainer) -> str:
+    """Return what the trainer does when nothing is said; the exporters say everything."""
+    length = f", cuts at {trainer.default_seq_len:,} tokens" if trainer.default_seq_len else ""
+    loads = "loads weights in fp32" if trainer.default_load_dtype == "fp32" else "loads weights as stored"
+    checkpoints = f"{trainer.default_checkpointing} checkpointing".replace("none", "no")
+    return f"left to itself {trainer.name} {loads}{length}, {checkpoints}; what is exported sets each explicitly"
 
 
 def _choose_seq_len(shape: ModelShape, options: JobOptions, said: list[str]) -> int:

@@ -63,6 +63,7 @@ class Trainer:
 
     name: str
     aliases: tuple[str, ...]
+    default_load_dtype: Literal["fp32", "checkpoint"]
     default_checkpointing: Literal["none", "selective", "full"]
     autocast: bool
     qlora_adapter_dtype: Dtype
@@ -75,6 +76,7 @@ class Trainer:
     step_note: str
     source: str
     retrieved: str
+    default_seq_len: int | None = None
     activation_offload: bool = False
     flattens_packed: bool = False
 
