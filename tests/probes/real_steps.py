@@ -34,7 +34,7 @@ class Marks:
 
     def __init__(self) -> None:
         self.modules: list[str] = []
-        self.next_key = 0
+        self.next_key, self.layer = 0, -1
 
     def begin(self, phase: str) -> None:
         with record_function(MARK + phase):
@@ -43,6 +43,12 @@ class Marks:
     def label(self, tensors: Iterable[torch.Tensor], category: str) -> None:
         for _ in tensors:
             pass
+
+    def tag(self, tensors: Iterable[torch.Tensor], layer: int) -> None:
+        pass
+
+    def layer_of(self, tensor: torch.Tensor) -> int:
+        return -1
 
     def label_live(self, made_from: int, category: str) -> None:
         pass

@@ -22,15 +22,18 @@ from brim.spec.recipe import Engine
 HOLDS = Engine(name="plain", set_to_none=False, logits_alive_in_backward=True, reentrant_checkpointing=True)
 CASES = {
     "llama, trainer": lambda: Case("llama"),
+    "llama, plain loop, checkpointed": lambda: Case("llama", engine=HOLDS, activation_checkpointing="full"),
+    "qwen2, lora, checkpointed": lambda: Case("qwen2", method="lora", activation_checkpointing="full"),
+}  # fmt: skip
+SLOW = {
     "llama, fused optimizer, two micro-batches": lambda: Case(
         "llama", optimizer_kernel="fused", gradient_accumulation_steps=2
     ),
     "llama, lora, loop over tensors": lambda: Case("llama", method="lora", optimizer_kernel="loop"),
-    "llama, plain loop, checkpointed": lambda: Case("llama", engine=HOLDS, activation_checkpointing="full"),
-    "qwen2, lora, checkpointed": lambda: Case("qwen2", method="lora", activation_checkpointing="full"),
     "gpt2, checkpointed, two micro-batches": lambda: Case(
         "gpt2", activation_checkpointing="full", gradient_accumulation_steps=2
     ),
+    **{family: lambda family=family: Case(family) for family in ("phi3", "gemma2", "olmo2", "gpt_neox", "opt")},
 }  # fmt: skip
 
 
@@ -39,9 +42,9 @@ def _quiet() -> None:
     warnings.simplefilter("ignore")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_bytes_at_every_phase_are_those_of_a_real_step(name: str) -> None:
-    case = CASES[name]()
+    case = (CASES | SLOW)[name]()
     real, traced = measure_phases(case), trace_phases(case)
     assert set(real) == set(traced)
     # Checkpointing saves the generator's state for every layer, on the host, whatever the device.

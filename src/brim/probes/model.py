@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from brim.cost.modeling import find_modeling
+from brim.cost.setting import attention_kernel
 from brim.errors import BrimError, MissingExtra, ProbeFailed, quoted
 from brim.spec.recipe import Lora, Recipe
 from brim.spec.strategy import AttentionKernel, Strategy
@@ -28,6 +30,7 @@ def build_from_config(config: Mapping[str, Any], architecture: str, attention: A
     """Return transformers' own model of a config, on whatever device is the default one.
 
     Flash attention is asked for as SDPA, because the package `flash-attn` need not be here; the kernel is chosen later.
+    An architecture without SDPA in its code gets eager attention.
 
     Raises:
         MissingExtra: transformers is not installed. ProbeFailed: it cannot build this config.
@@ -43,7 +46,8 @@ def build_from_config(config: Mapping[str, Any], architecture: str, attention: A
     settings = {key: value for key, value in config.items() if key not in ("model_type", "architectures", "dtype")}
     try:
         known = transformers.AutoConfig.for_model(config["model_type"], **settings)
-        return kind._from_config(known, attn_implementation="eager" if attention == "eager" else "sdpa")
+        kernel = attention_kernel(attention, find_modeling(config["model_type"]))
+        return kind._from_config(known, attn_implementation="eager" if kernel == "eager" else "sdpa")
     except Exception as error:  # whatever a model's own constructor raises
         raise ProbeFailed(f"{architecture} cannot be built from its config: {_first_line(error)}") from error
 
@@ -127,14 +131,13 @@ def _empty(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
 
-def find_last_layer(model: torch.nn.Module) -> torch.nn.Module | None:
-    """Return the last of the repeated layers, after which come the final norm, the head and the loss."""
+def find_layers(model: torch.nn.Module) -> torch.nn.ModuleList | None:
+    """Return the repeated layers, after which come the final norm, the head and the loss: the heaviest list."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) > 0]
     sizes = [sum(parameter.numel() for parameter in layers.parameters()) for layers in lists]
     if not sizes:
         return None
-    largest = max(sizes)
-    return next(layers[len(layers) - 1] for layers, size in zip(lists, sizes, strict=True) if size == largest)
+    return lists[sizes.index(max(sizes))]
 
 
 def _first_line(error: Exception) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from brim.errors import ProbeFailed
 from brim.probes.kernels import CudaAutocast
-from brim.probes.model import find_last_layer, torch_dtype
+from brim.probes.model import find_layers, torch_dtype
 from brim.probes.tracker import StorageTracker
 from brim.spec.recipe import Recipe
 from brim.spec.strategy import OptimizerKernel, Strategy
@@ -50,8 +50,8 @@ class Step:
     """Whether optimizer states are still to be made."""
     part: str = ""
     """Phase of the step, by its own name in the first step too."""
-    ends_layers: bool = False
-    """Whether the last layer has run and nothing after it yet."""
+    ends_layers: int = 0
+    """How many layers have run, when the last one has and nothing after it yet; else 0."""
 
     @property
     def num_micro_batches(self) -> int:
@@ -142,8 +142,10 @@ def _update(step: Step) -> None:
         torch.nn.utils.clip_grad_norm_(trained, _CLIPPING_NORM, foreach=True)
     step.optimizer.step()
     on_host = []
-    for state in step.optimizer.state.values():
-        step.tracker.label((one for one in state.values() if isinstance(one, torch.Tensor)), "optimizer_state")
+    for parameter, state in step.optimizer.state.items():
+        tensors = [one for one in state.values() if isinstance(one, torch.Tensor)]
+        step.tracker.label(tensors, "optimizer_state")
+        step.tracker.tag(tensors, step.tracker.layer_of(parameter))
         if step.first and not step.optimizer.defaults["fused"]:
             on_host.append(state["step"])
     step.tracker.move_to_host(on_host)
@@ -182,9 +184,11 @@ def _watched(step: Step) -> Iterator[None]:
     for name, module in step.model.named_modules():
         handles.append(module.register_forward_pre_hook(_entering(step, name)))
         handles.append(module.register_forward_hook(_leaving(step.tracker, name)))
-    last = find_last_layer(step.model)
-    if last is not None:
-        handles.append(last.register_forward_hook(lambda *_: _end_layers(step)))
+    layers = find_layers(step.model)
+    for index, layer in enumerate(layers or ()):
+        handles.append(layer.register_forward_pre_hook(_entering_layer(step, index)))
+    if layers is not None:
+        handles.append(layers[len(layers) - 1].register_forward_hook(lambda *_: _end_layers(step, len(layers))))
     with CudaAutocast() if step.recipe.autocast else contextlib.nullcontext():
         try:
             yield
@@ -196,8 +200,8 @@ def _watched(step: Step) -> Iterator[None]:
 def _entering(step: Step, name: str) -> Callable[..., None]:
     def enter(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         if step.ends_layers:
-            step.ends_layers = False
-            _watch_gradient(step, inputs)
+            _watch_gradient(step, inputs, step.ends_layers - 1)
+            step.ends_layers = 0
         # Recomputation stops in the midst of a layer and leaves modules that never return.
         while step.tracker.modules and not name.startswith(f"{step.tracker.modules[-1]}."):
             step.tracker.modules.pop()
@@ -214,16 +218,37 @@ def _leaving(tracker: StorageTracker, name: str) -> Callable[..., None]:
     return leave
 
 
-def _end_layers(step: Step) -> None:
+def _entering_layer(step: Step, index: int) -> Callable[..., None]:
+    """What follows belongs to this layer, until the next one begins; in the backward pass, once its input's gradient
+    is there, to the layer before."""
+
+    def enter(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        if step.part in (FORWARD, EVALUATION):
+            step.tracker.layer = index
+        if step.part == FORWARD:
+            _watch_gradient(step, inputs, index - 1)
+
+    return enter
+
+
+def _end_layers(step: Step, num_layers: int) -> None:
     """The last layer has run: what follows is the loss, unless this is recomputation in the backward pass."""
     if step.part == FORWARD:
-        step.ends_layers = True
+        step.ends_layers = num_layers
         step.begin(LOSS)
+    elif step.part == EVALUATION:
+        step.tracker.layer = -1
 
 
-def _watch_gradient(step: Step, inputs: tuple[Any, ...]) -> None:
-    """The backward pass of the layers begins where the gradient of what the loss was made from arrives."""
+def _watch_gradient(step: Step, inputs: tuple[Any, ...], layer: int) -> None:
+    """From where this gradient arrives, the backward pass is in a layer; in the last one it leaves the loss."""
+
+    def arrive(_: torch.Tensor) -> None:
+        if step.part != BACKWARD:
+            step.begin(BACKWARD)
+        step.tracker.layer = layer
+
     for one in inputs:
         if isinstance(one, torch.Tensor) and one.requires_grad:
-            one.register_hook(lambda _: step.begin(BACKWARD))
+            one.register_hook(arrive)
             return

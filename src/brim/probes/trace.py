@@ -9,7 +9,7 @@ Leaves out: cuDNN attention, collectives, what user callbacks allocate.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from brim.cost.allocator import CachingAllocator
@@ -36,8 +36,9 @@ _IMAGE_MODELS = ("ForImageClassification",)
 
 
 def trace(
-    workload: Workload, strategy: Strategy, build_model: BuildModel, make_inputs: MakeInputs | None = None
-) -> Estimate:
+    workload: Workload, strategy: Strategy, build_model: BuildModel, make_inputs: MakeInputs | None = None, *,
+    fold: bool = True,
+) -> Estimate:  # fmt: skip
     """Return what a strategy costs, from the storages of the model's own step.
 
     Args:
@@ -45,6 +46,7 @@ def trace(
         strategy: how it is run.
         build_model: returns the model with random or no weights; called with the meta device as default.
         make_inputs: returns one micro-batch as keyword arguments of the model; token ids and labels if None.
+        fold: whether identical layers are run five deep and their stream repeated.
 
     Returns:
         Moments of two optimizer steps with their ledgers; allocated, reserved and device bytes of one device.
@@ -52,9 +54,19 @@ def trace(
     Raises:
         MissingExtra: torch is not installed. ProbeFailed: the step does not run, or is of a kind not traced yet.
     """
+    try:
+        from brim.probes.fold import unfold
+    except ImportError:
+        raise MissingExtra(package="torch", extra="trace", purpose="--by trace") from None
     refuse_untraced(workload, strategy)
-    tracker = follow_step(workload, strategy, build_model, make_inputs)
-    return read_estimate(workload, strategy, tracker)
+    tracker, stream = None, None
+    if fold and len(workload.model.groups) == 1:
+        tracker, depth = follow_step(workload, strategy, build_model, make_inputs, fold=True)
+        stream = unfold(tracker.events, tracker.storages, depth) if depth else (tracker.events, tracker.storages)
+    if tracker is None or stream is None:
+        tracker, _ = follow_step(workload, strategy, build_model, make_inputs)
+        stream = tracker.events, tracker.storages
+    return read_estimate(workload, strategy, *stream, len(tracker.scalars_asked))
 
 
 def refuse_untraced(workload: Workload, strategy: Strategy) -> None:
@@ -83,28 +95,29 @@ def refuse_untraced(workload: Workload, strategy: Strategy) -> None:
 
 
 def follow_step(
-    workload: Workload, strategy: Strategy, build_model: BuildModel, make_inputs: MakeInputs | None = None
-) -> StorageTracker:
-    """Return the tracker after two optimizer steps on fake tensors.
+    workload: Workload, strategy: Strategy, build_model: BuildModel, make_inputs: MakeInputs | None = None, *,
+    fold: bool = False,
+) -> tuple[StorageTracker, int]:  # fmt: skip
+    """Return the tracker after two optimizer steps on fake tensors, and of how many layers five were run, 0 for all.
 
     Raises:
-        MissingExtra: torch is not installed. ProbeFailed: the step does not run.
+        ProbeFailed: the step does not run.
     """
-    try:
-        from torch._subclasses.fake_tensor import (
-            DataDependentOutputException,
-            DynamicOutputShapeException,
-            FakeTensor,
-            FakeTensorMode,
-        )
-    except ImportError:
-        raise MissingExtra(package="torch", extra="trace", purpose="--by trace") from None
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeTensor,
+        FakeTensorMode,
+    )
+
+    from brim.probes.fold import fold_layers
     from brim.probes.kernels import card_kernels, list_workspaces
-    from brim.probes.model import give_tensors, prepare_model
+    from brim.probes.model import find_layers, give_tensors, prepare_model
     from brim.probes.step import plan_step, run_steps
     from brim.probes.tracker import StorageTracker
 
     model = prepare_model(build_model, workload.recipe, strategy)
+    depth = fold_layers(model) if fold else 0
     tracker = StorageTracker(list_workspaces, scalar=1.0, kind=FakeTensor)
     device = workload.cluster.device
     try:
@@ -113,6 +126,8 @@ def follow_step(
             tracker.begin("model")
             tracker.follow(model.parameters(), "parameter")
             tracker.follow(model.buffers(), "buffer")
+            for index, layer in enumerate(find_layers(model) or ()):
+                tracker.tag(layer.parameters(), index)
             for _ in range(2):  # one handle of the matrix library for the forward thread, one for autograd's
                 tracker.reserve(workspace_bytes(device) // 2, "matrix library workspace")
             step = plan_step(workload, strategy, model, make_inputs or _token_inputs(workload, strategy), tracker)
@@ -125,7 +140,7 @@ def follow_step(
         raise ProbeFailed(text) from error
     except Exception as error:  # whatever the model's own code raises
         raise ProbeFailed(f"the step of {quoted(workload.model.name)} does not run: {_where(error)}") from error
-    return tracker
+    return tracker, depth
 
 
 def _token_inputs(workload: Workload, strategy: Strategy) -> MakeInputs:
@@ -161,15 +176,17 @@ def _where(error: Exception) -> str:
     return text + origin
 
 
-def read_estimate(workload: Workload, strategy: Strategy, tracker: StorageTracker) -> Estimate:
+def read_estimate(
+    workload: Workload, strategy: Strategy, events: Sequence[Event], storages: Mapping[int, Storage], num_scalars: int
+) -> Estimate:
     """Return the estimate that a stream of allocations means on the workload's device."""
-    moments = list_moments(tracker.events, tracker.storages)
+    moments = list_moments(events, storages)
     peak = max(moments, key=lambda moment: moment.total_bytes)
-    reserved = replay(tracker.events, expandable=strategy.allocator == "expandable_segments")
+    reserved = replay(events, expandable=strategy.allocator == "expandable_segments")
     return Estimate(
         source="trace", moments=moments, peak_allocated_bytes=peak.total_bytes, peak_reserved_bytes=reserved,
         device_bytes=reserved + context_bytes(workload.cluster.device), peak_moment=peak.name,
-        margin_bytes=margin_bytes("trace", peak.total_bytes), notes=_notes(workload, strategy, tracker),
+        margin_bytes=margin_bytes("trace", peak.total_bytes), notes=_notes(workload, strategy, num_scalars),
     )  # fmt: skip
 
 
@@ -201,7 +218,7 @@ def _ledger(live: Mapping[str, int]) -> Ledger:
     return Ledger(**{row: live.get(category, 0) for category, row in _ROWS.items()})
 
 
-def _notes(workload: Workload, strategy: Strategy, tracker: StorageTracker) -> tuple[str, ...]:
+def _notes(workload: Workload, strategy: Strategy, num_scalars: int) -> tuple[str, ...]:
     import torch
 
     notes = [
@@ -213,8 +230,8 @@ def _notes(workload: Workload, strategy: Strategy, tracker: StorageTracker) -> t
         notes.append(f"micro-batches 3 to {strategy.gradient_accumulation_steps} repeat the second")
     if strategy.attention_kernel == "flash":
         notes.append("flash attention is PyTorch's own kernel, which keeps what the flash-attn package keeps")
-    if tracker.scalars_asked:
-        notes.append(f"the value 1 stands in where code reads a number from the device ({len(tracker.scalars_asked)})")
+    if num_scalars:
+        notes.append(f"the number 1 stands in where code reads one from the device ({num_scalars} places)")
     if workload.recipe.engine.evaluates:
         notes.append("evaluation runs with the training micro-batch")
     return tuple(notes)

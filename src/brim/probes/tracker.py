@@ -34,6 +34,8 @@ class Event(NamedTuple):
     key: int
     num_bytes: int
     phase: str
+    layer: int = -1
+    """Which of the repeated layers ran; -1 outside of them."""
 
 
 @dataclass(slots=True)
@@ -54,6 +56,8 @@ class Storage:
     """Element type of the first tensor on it."""
     shape: tuple[int, ...]
     """Shape of the first tensor on it."""
+    layer: int = -1
+    """Which of the repeated layers it belongs to: the one that ran, or that of the tensor it was made from."""
     category: Category = "temporary"
     """What it holds; known for sure only when the step is over."""
 
@@ -79,6 +83,7 @@ class StorageTracker(TorchDispatchMode):
         self.storages: dict[int, Storage] = {}
         self.phase = ""
         self.modules: list[str] = []
+        self.layer = -1
         self.scalars_asked: set[str] = set()
         self._workspaces, self._scalar, self._kind, self._block_bytes = workspaces, scalar, kind, block_bytes
         self._keys: dict[int, int] = {}
@@ -91,7 +96,7 @@ class StorageTracker(TorchDispatchMode):
 
     def begin(self, phase: str) -> None:
         """Name what comes next."""
-        self.phase = phase
+        self.phase, self.layer = phase, -1
         self.events.append(Event(-1, 0, phase))
 
     def follow(self, tensors: Iterable[torch.Tensor], category: Category) -> None:
@@ -107,6 +112,16 @@ class StorageTracker(TorchDispatchMode):
             key = self._keys.get(tensor.untyped_storage()._cdata, -1)
             if key >= 0:
                 self.storages[key].category = category
+
+    def tag(self, tensors: Iterable[torch.Tensor], layer: int) -> None:
+        """Say which of the repeated layers tensors belong to."""
+        for key in self.keys_of(tensors):
+            self.storages[key].layer = layer
+
+    def layer_of(self, tensor: torch.Tensor) -> int:
+        """Return which of the repeated layers a tensor's storage belongs to, -1 if none."""
+        key = self._keys.get(tensor.untyped_storage()._cdata, -1)
+        return self.storages[key].layer if key >= 0 else -1
 
     def label_live(self, made_from: int, category: Category) -> None:
         """Say what all still unnamed storages hold that were made since a key and are alive now."""
@@ -156,10 +171,12 @@ class StorageTracker(TorchDispatchMode):
         return kinds.get(tensor.dtype, int)(self._scalar or 0)
 
     def _follow_result(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
-        made = None
-        for tensor in _tensors(result):
+        made, origins = None, list(_tensors(args[0])) if args else []
+        for index, tensor in enumerate(_tensors(result)):
             key = self._add(tensor, func)
             made = key if made is None else made
+            if key is not None and self.layer < 0 and index < len(origins):
+                self.storages[key].layer = self.layer_of(origins[index])
         if made is None:
             return
         if self._workspaces is not None:
@@ -182,13 +199,13 @@ class StorageTracker(TorchDispatchMode):
 
     def _record(self, num_bytes: int, op: Any, dtype: str, shape: tuple[int, ...]) -> int:
         key, module = len(self.storages), self.modules[-1] if self.modules else ""
-        self.storages[key] = Storage(key, num_bytes, str(op), module, self.phase, dtype, shape)
-        self.events.append(Event(key, self._rounded(num_bytes), self.phase))
+        self.storages[key] = Storage(key, num_bytes, str(op), module, self.phase, dtype, shape, self.layer)
+        self.events.append(Event(key, self._rounded(num_bytes), self.phase, self.layer))
         return key
 
     def _pass(self, num_bytes: int, op: Any) -> None:
         key = self._record(num_bytes, f"{op} workspace", "byte", (num_bytes,))
-        self.events.append(Event(key, -self._rounded(num_bytes), self.phase))
+        self.events.append(Event(key, -self._rounded(num_bytes), self.phase, self.layer))
 
     def _free(self, address: int) -> None:
         key = self._keys.pop(address)
@@ -198,7 +215,7 @@ class StorageTracker(TorchDispatchMode):
         num_bytes = self._rounded(self.storages[key].num_bytes)
         if self._sums is not None and key in self._sums[1] and self._sums_in_place(key, num_bytes):
             return
-        self.events.append(Event(key, -num_bytes, self.phase))
+        self.events.append(Event(key, -num_bytes, self.phase, self.layer))
 
     def _rounded(self, num_bytes: int) -> int:
         return -(-num_bytes // self._block_bytes) * self._block_bytes
