@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 from time_jobs import job, way
 
-from brim.cost.overhead import context_bytes, input_bytes, workspace_bytes
+from brim.cost.overhead import context_bytes, held_logits, input_bytes, workspace_bytes
 from brim.cost.setting import read_setting
 from brim.spec.device import Device
+from brim.spec.recipe import Engine
 from brim.tables.read import find_device, list_devices
 from brim.units import GIB, KIB, MIB
 
@@ -54,3 +55,14 @@ def test_a_mask_is_a_row_of_the_sequence_a_token() -> None:
     assert flash == plain
     assert (sdpa - plain).at(1) == 2048
     assert (eager - plain).at(1) == 2 * 2048
+
+
+@pytest.mark.parametrize(
+    ("alive", "loss", "replaced", "size_bytes"),
+    [(True, "dense", False, 2), (True, "dense", True, 4), (True, "chunked", False, 0), (False, "dense", True, 0)],
+)
+def test_a_variable_holds_the_logits_it_was_given(alive: bool, loss: str, replaced: bool, size_bytes: int) -> None:
+    """The loop keeps what the model returned: 16-bit logits, or the fp32 copy a wrapper made of them."""
+    workload = job(engine=Engine(name="plain", logits_alive_in_backward=alive, frees_narrow_logits=replaced))
+    strategy = way(loss_kernel=loss)
+    assert held_logits(workload, strategy, read_setting(workload, strategy)).at(1) == size_bytes * 128_256

@@ -15,10 +15,10 @@ from typing import NamedTuple
 from brim.cost.blocks import Block, cost_head, cost_layer
 from brim.cost.calibration import margin_bytes
 from brim.cost.ledger import Estimate, Ledger, Moment
-from brim.cost.overhead import context_bytes, input_bytes, workspace_bytes
+from brim.cost.overhead import context_bytes, held_logits, input_bytes, workspace_bytes
 from brim.cost.setting import Setting, is_flattened, is_masked, read_setting
 from brim.cost.states import States, count_states, layer_gradient_bytes, step_temporaries_bytes
-from brim.cost.tape import ZERO, Instant, Size, fixed, per_token
+from brim.cost.tape import ZERO, Instant, Size, fixed
 from brim.spec.model import LayerGroup
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
@@ -192,23 +192,16 @@ def _forward_rows(parts: _Parts) -> Iterator[Rows]:
 
 def _head_rows(parts: _Parts) -> Iterator[Rows]:
     below, cache = _kept_by_layers(parts), _autocast_cache(parts)
-    held = _held_logits(parts)
+    held = held_logits(parts.workload, parts.strategy, parts.setting)
     for instant in parts.head.forward:
         yield _busy(parts, "loss", instant, below, 0, cache)
     for instant in parts.head.backward:
         yield _busy(parts, "loss backward", instant, below, 0, held)
 
 
-def _held_logits(parts: _Parts) -> Size:
-    """Logits that the loop's own variable keeps alive through the backward pass."""
-    alive = parts.workload.recipe.engine.logits_alive_in_backward and parts.strategy.loss_kernel == "dense"
-    head = parts.workload.model.head
-    return per_token(parts.setting.compute_bytes * head[-1].out_features) if alive and head else ZERO
-
-
 def _backward_rows(parts: _Parts) -> Iterator[Rows]:
     """Backward of each group, at its last layer (most activations) and its first (most gradients)."""
-    recipe, held = parts.workload.recipe, _held_logits(parts)
+    recipe, held = parts.workload.recipe, held_logits(parts.workload, parts.strategy, parts.setting)
     made = parts.head.weight_gradients.fixed if recipe.method == "full" else 0
     below = _kept_by_layers(parts)
     for index in range(len(parts.layers) - 1, -1, -1):

@@ -1,11 +1,13 @@
-"""What a process takes besides the model: inputs and library workspaces in the allocator, the context outside it."""
+"""What a process takes besides the model: inputs, what the loop's variables hold, library workspaces, the context."""
 
 from __future__ import annotations
 
 from brim.cost.layers import mask_bytes
 from brim.cost.setting import Setting
-from brim.cost.tape import Size, per_token
+from brim.cost.tape import ZERO, Size, per_token
 from brim.spec.device import Device
+from brim.spec.strategy import Strategy
+from brim.spec.workload import Workload
 from brim.units import KIB, MIB
 
 _INPUT_BYTES_PER_TOKEN = 3 * 8  # token ids, labels and mask, int64
@@ -18,6 +20,19 @@ _DEFAULT_CONTEXT_MIB = 450
 def input_bytes(setting: Setting) -> Size:
     """Return the bytes of the micro-batch on the device, the next one and the attention mask included."""
     return per_token(_INPUT_BYTES_PER_TOKEN * _BATCHES_AHEAD) + mask_bytes(setting)
+
+
+def held_logits(workload: Workload, strategy: Strategy, setting: Setting) -> Size:
+    """Return the logits that a variable of the loop keeps alive through the backward pass.
+
+    They are the fp32 copy where a wrapper casts the model's output: accelerate's `convert_outputs_to_fp32` under
+    mixed precision, Lightning's plugins, transformers before 4.46.
+    """
+    engine, head = workload.recipe.engine, workload.model.head
+    if not engine.logits_alive_in_backward or strategy.loss_kernel != "dense" or not head:
+        return ZERO
+    width = 4 if engine.frees_narrow_logits else setting.compute_bytes
+    return per_token(width * head[-1].out_features)
 
 
 def workspace_bytes(device: Device) -> int:

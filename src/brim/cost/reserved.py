@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from brim.cost.allocator import CachingAllocator
 from brim.cost.blocks import Block, cost_head, cost_layer
-from brim.cost.overhead import context_bytes, input_bytes, workspace_bytes
+from brim.cost.overhead import context_bytes, held_logits, input_bytes, workspace_bytes
 from brim.cost.scripts import Act, Player, Script, find_last_large, write_script
 from brim.cost.setting import Setting, read_setting
 from brim.cost.states import States, count_states, largest_trained_tensor, step_temporaries_bytes
@@ -267,7 +267,7 @@ class _Process:
             stream = layer.run_forward(stream)
             cached += player.hold(layer.kind.cached)
         gradient, fresh = self._run_head(stream, cached, head)
-        held = player.hold(self._held_logits())
+        held = player.hold(held_logits(job.workload, job.strategy, job.setting).at(job.tokens))
         for layer in reversed(self.layers):
             run = layer.skip_backward if layer.skippable and (made or not self.cuts) else layer.run_backward
             gradient, more = run(gradient, () if made else layer.kind.gradients)
@@ -289,13 +289,6 @@ class _Process:
         made = player.hold(*gradients)
         player.play(script.backward[split:], base)
         return base + script.stream_gradient, made
-
-    def _held_logits(self) -> int:
-        """Return the logits that the loop's own variable keeps through the backward pass, bytes."""
-        alive = self.recipe.engine.logits_alive_in_backward and self.job.strategy.loss_kernel == "dense"
-        if not alive or not self.shape.head:
-            return 0
-        return self.job.setting.compute_bytes * self.shape.head[-1].out_features * self.job.tokens
 
     def run_optimizer(self, *, keeps_gradients: bool) -> None:
         """Optimizer step: states are made in the first, temporaries in each; gradients go if the loop lets them."""
