@@ -127,7 +127,7 @@ def follow_step(
             tracker.follow(model.parameters(), "parameter")
             tracker.follow(model.buffers(), "buffer")
             for index, layer in enumerate(find_layers(model) or ()):
-                tracker.tag(layer.parameters(), index)
+                tracker.tag((*layer.parameters(), *layer.buffers()), index)
             for _ in range(2):  # one handle of the matrix library for the forward thread, one for autograd's
                 tracker.reserve(workspace_bytes(device) // 2, "matrix library workspace")
             step = plan_step(workload, strategy, model, make_inputs or _token_inputs(workload, strategy), tracker)
