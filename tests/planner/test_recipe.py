@@ -27,7 +27,9 @@ def test_the_trainer_decides_adapter_dtype_and_upcasts() -> None:
     assert trl.quantization is not None and not trl.quantization.upcast_rest
     assert transformers.quantization is not None and transformers.quantization.upcast_rest
     assert trl.quantization.kind == "nf4" and trl.quantization.double_quant
-    assert recipe(trainer="plain").engine.logits_alive_in_backward and not recipe(trainer="plain").autocast
+    plain, accelerate = recipe(trainer="plain"), recipe(trainer="accelerate")
+    assert not plain.engine.logits_alive_in_backward and not plain.autocast
+    assert accelerate.engine.logits_alive_in_backward and accelerate.autocast
 
 
 def test_an_fp16_run_has_fp32_adapters() -> None:
