@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from brim.cost.allocator import CachingAllocator
@@ -59,14 +60,17 @@ def trace(
     except ImportError:
         raise MissingExtra(package="torch", extra="trace", purpose="--by trace") from None
     refuse_untraced(workload, strategy)
-    tracker, stream = None, None
+    tracker, stream, depth = None, None, 0
     if fold and len(workload.model.groups) == 1:
         tracker, depth = follow_step(workload, strategy, build_model, make_inputs, fold=True)
         stream = unfold(tracker.events, tracker.storages, depth) if depth else (tracker.events, tracker.storages)
     if tracker is None or stream is None:
-        tracker, _ = follow_step(workload, strategy, build_model, make_inputs)
+        tracker, depth = follow_step(workload, strategy, build_model, make_inputs)
         stream = tracker.events, tracker.storages
-    return read_estimate(workload, strategy, *stream, len(tracker.scalars_asked))
+    found = read_estimate(workload, strategy, *stream, len(tracker.scalars_asked))
+    if depth:
+        found = replace(found, notes=(*found.notes, f"5 of {depth} identical layers were run, the third for the rest"))
+    return found
 
 
 def refuse_untraced(workload: Workload, strategy: Strategy) -> None:
@@ -86,6 +90,7 @@ def refuse_untraced(workload: Workload, strategy: Strategy) -> None:
         f"offload of {strategy.offload}": strategy.offload != "none",
         "more than one device": strategy.mesh.num_devices > 1 or strategy.zero_stage > 0,
         "padding-free micro-batches": strategy.padding_free,
+        "packed sequences laid out as one": engine.flattens_packed and workload.data.packing,
         "a loop that drops or copies logits": engine.frees_narrow_logits or engine.copies_shifted_logits,
         "separate experts": not engine.fused_experts and any(hasattr(g.mlp, "router") for g in workload.model.groups),
     }
