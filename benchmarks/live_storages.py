@@ -10,12 +10,14 @@ import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from brim.probes.kernels import CudaAutocast
+
+__all__ = ["CudaAutocast", "LiveStorages", "cuda_kernels"]
 
 
 class LiveStorages(TorchDispatchMode):
@@ -97,33 +99,6 @@ def _attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, s
         query, key, value = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
         attn_mask = attn_mask.to(torch.bfloat16) if attn_mask is not None else None
     return _Attention.apply(query, key, value, attn_mask, scale, is_causal)
-
-
-_WIDENED = frozenset(
-    function
-    for name in ("pow", "rsqrt", "softmax", "log_softmax", "sum", "cumsum", "exp", "expm1", "log", "softplus", "prod",
-                 "reciprocal", "layer_norm", "logsumexp", "__pow__", "norm")
-    for place in (torch, torch.Tensor, torch.nn.functional)
-    if (function := getattr(place, name, None)) is not None
-)  # fmt: skip
-
-
-class CudaAutocast(TorchFunctionMode):
-    """Operators that CUDA's autocast runs in fp32 and the CPU's does not.
-
-    Source: aten/src/ATen/autocast_mode.h AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func in _WIDENED and torch.is_autocast_enabled("cpu"):
-            args = tuple(_widen(one) for one in args)
-            kwargs = {key: _widen(one) for key, one in (kwargs or {}).items()}
-        return func(*args, **(kwargs or {}))
-
-
-def _widen(value: Any) -> Any:
-    narrow = isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-    return value.float() if narrow else value
 
 
 def _drop_out(input, p=0.5, training=True, inplace=False):  # type: ignore[no-untyped-def]
