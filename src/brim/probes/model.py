@@ -13,17 +13,13 @@ import torch
 from brim.cost.modeling import find_modeling
 from brim.cost.setting import attention_kernel
 from brim.errors import BrimError, MissingExtra, ProbeFailed, quoted
-from brim.spec.recipe import Lora, Recipe
+from brim.probes.adapters import adapt
+from brim.probes.checkpointing import checkpoint
+from brim.probes.dtypes import torch_dtype
+from brim.spec.recipe import Recipe
 from brim.spec.strategy import AttentionKernel, Strategy
 
 BuildModel = Callable[[], torch.nn.Module]
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """Return PyTorch's name of one of brim's dtypes."""
-    return _DTYPES[name]
 
 
 def build_from_config(config: Mapping[str, Any], architecture: str, attention: AttentionKernel) -> torch.nn.Module:
@@ -64,10 +60,8 @@ def prepare_model(build_model: BuildModel, recipe: Recipe, strategy: Strategy) -
         _cast_parameters(model, torch_dtype(recipe.weight_dtype))
         if getattr(model, "config", None) is not None:
             model.config.use_cache = False
-        if strategy.activation_checkpointing == "full":
-            _checkpoint(model, reentrant=recipe.engine.reentrant_checkpointing)
-        if recipe.lora is not None:
-            model = _adapt(model, recipe.lora)
+        checkpoint(model, strategy, recipe.engine)
+        model = adapt(model, recipe)
     except BrimError:
         raise
     except Exception as error:  # whatever a user's own constructor raises
@@ -80,33 +74,6 @@ def _cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-
-
-def _checkpoint(model: torch.nn.Module, *, reentrant: bool) -> None:
-    enable = getattr(model, "gradient_checkpointing_enable", None)
-    if enable is None:
-        name = type(model).__name__
-        raise ProbeFailed(f"{name} has no gradient_checkpointing_enable; trace it with activation checkpointing none")
-    enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-
-
-def _adapt(model: torch.nn.Module, lora: Lora) -> torch.nn.Module:
-    try:
-        import peft
-    except ImportError:
-        raise MissingExtra(package="peft", extra="trace", purpose="--by trace with LoRA") from None
-    everything = lora.target_modules == ("all-linear",)
-    config = peft.LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, use_rslora=lora.use_rslora,
-        target_modules="all-linear" if everything else list(lora.target_modules),
-    )  # fmt: skip
-    with torch.device("meta"):
-        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=lora.dtype == "fp32")  # type: ignore
-    if lora.dtype != "fp32":
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(torch_dtype(lora.dtype))
-    return adapted
 
 
 def give_tensors(model: torch.nn.Module) -> None:

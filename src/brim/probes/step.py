@@ -12,20 +12,20 @@ from typing import Any
 
 import torch
 
-from brim.errors import ProbeFailed
+from brim.probes.dtypes import torch_dtype
+from brim.probes.inputs import MakeInputs
 from brim.probes.kernels import CudaAutocast
-from brim.probes.model import find_layers, torch_dtype
+from brim.probes.model import find_layers
+from brim.probes.optimizers import make_optimizer
 from brim.probes.tracker import StorageTracker
 from brim.spec.recipe import Recipe
-from brim.spec.strategy import OptimizerKernel, Strategy
+from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
 
 FIRST_STEP = "first step"
 FORWARD, LOSS = "forward of layers", "loss"
 LOSS_BACKWARD, BACKWARD = "loss backward", "backward of layers"
 OPTIMIZER_STEP, EVALUATION = "optimizer step", "evaluation"
-
-MakeInputs = Callable[[], Mapping[str, torch.Tensor]]
 
 _OWN_LOOPS = ("accelerate", "plain")
 _CLIPPING_NORM = 1.0
@@ -74,7 +74,7 @@ def plan_step(
     """
     name = workload.recipe.engine.name
     return Step(
-        model=model, optimizer=make_optimizer(model, strategy.optimizer_kernel), make_inputs=make_inputs,
+        model=model, optimizer=make_optimizer(model, workload.recipe, strategy), make_inputs=make_inputs,
         recipe=workload.recipe, strategy=strategy, tracker=tracker,
         batches_ahead=1 if _loops_alone(name) else 2, clips=not _loops_alone(name) and not name.startswith(_OWN_LOOPS),
     )  # fmt: skip
@@ -82,18 +82,6 @@ def plan_step(
 
 def _loops_alone(engine: str) -> bool:
     return engine.startswith("plain")
-
-
-def make_optimizer(model: torch.nn.Module, kernel: OptimizerKernel) -> torch.optim.Optimizer:
-    """Return AdamW over the trained parameters, in the kernel asked for.
-
-    Raises:
-        ProbeFailed: nothing trains.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
-        raise ProbeFailed("no parameter of the model trains; check the adapter's target modules")
-    return torch.optim.AdamW(trained, lr=1e-5, foreach=kernel == "foreach", fused=kernel == "fused")
 
 
 def run_steps(step: Step) -> None:

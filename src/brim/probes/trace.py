@@ -17,23 +17,20 @@ from brim.cost.allocator import CachingAllocator
 from brim.cost.calibration import margin_bytes
 from brim.cost.ledger import Estimate, Ledger, Moment
 from brim.cost.overhead import context_bytes, workspace_bytes
-from brim.cost.setting import is_masked
 from brim.errors import BrimError, MissingExtra, ProbeFailed, quoted
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
 
 if TYPE_CHECKING:
-    import torch
 
+    from brim.probes.inputs import MakeInputs
     from brim.probes.model import BuildModel
-    from brim.probes.step import MakeInputs
     from brim.probes.tracker import Event, Storage, StorageTracker
 
 _ROWS = {
     "parameter": "parameters", "buffer": "buffers", "gradient": "gradients", "optimizer_state": "optimizer_states",
     "activation": "activations", "temporary": "temporaries", "input": "inputs", "workspace": "overhead",
 }  # fmt: skip
-_IMAGE_MODELS = ("ForImageClassification",)
 
 
 def trace(
@@ -116,6 +113,7 @@ def follow_step(
     )
 
     from brim.probes.fold import fold_layers
+    from brim.probes.inputs import plan_inputs
     from brim.probes.kernels import card_kernels, list_workspaces
     from brim.probes.model import find_layers, give_tensors, prepare_model
     from brim.probes.step import plan_step, run_steps
@@ -135,7 +133,7 @@ def follow_step(
                 tracker.tag((*layer.parameters(), *layer.buffers()), index)
             for _ in range(2):  # one handle of the matrix library for the forward thread, one for autograd's
                 tracker.reserve(workspace_bytes(device) // 2, "matrix library workspace")
-            step = plan_step(workload, strategy, model, make_inputs or _token_inputs(workload, strategy), tracker)
+            step = plan_step(workload, strategy, model, make_inputs or plan_inputs(workload, strategy, model), tracker)
             with tracker:
                 run_steps(step)
     except BrimError:
@@ -146,26 +144,6 @@ def follow_step(
     except Exception as error:  # whatever the model's own code raises
         raise ProbeFailed(f"the step of {quoted(workload.model.name)} does not run: {_where(error)}") from error
     return tracker, depth
-
-
-def _token_inputs(workload: Workload, strategy: Strategy) -> MakeInputs:
-    """Token ids and labels, and a mask where one reaches the model: an all-ones mask is dropped by transformers."""
-    import torch
-
-    if workload.model.architecture.endswith(_IMAGE_MODELS):
-        raise ProbeFailed(f"inputs of {workload.model.architecture}: not traced yet; pass make_inputs")
-    shape = (strategy.micro_batch_size, workload.data.seq_len)
-    per_sequence = workload.model.architecture.endswith("ForSequenceClassification")
-    masked = is_masked(workload, strategy)
-
-    def make() -> Mapping[str, torch.Tensor]:
-        inputs = {"input_ids": torch.zeros(shape, dtype=torch.long)}
-        inputs["labels"] = torch.zeros(shape[:1] if per_sequence else shape, dtype=torch.long)
-        if masked:
-            inputs["attention_mask"] = torch.ones(shape, dtype=torch.long)
-        return inputs
-
-    return make
 
 
 def _where(error: Exception) -> str:

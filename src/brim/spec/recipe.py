@@ -8,7 +8,7 @@ from typing import Literal
 from brim.spec.model import STRICT
 
 Dtype = Literal["fp32", "bf16", "fp16"]
-Method = Literal["full", "lora", "qlora"]
+Method = Literal["full", "lora", "qlora", "prompt-tuning", "prefix-tuning"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +52,17 @@ class Quantization:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Preference:
+    """Training on pairs of answers (DPO): every sequence of the batch is a chosen and a rejected one."""
+
+    __pydantic_config__ = STRICT
+
+    reference: Literal["model", "adapter", "precomputed"] = "model"
+    """Where reference log-probabilities come from: a second frozen model, the same model with its adapter switched
+    off, or a pass before training."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
     """What the training loop does between the user's lines: each of these moves gigabytes."""
 
@@ -83,6 +94,8 @@ class Engine:
     """Whether experts are one 3-D parameter (transformers 5), which bitsandbytes leaves in 16 bit."""
     evaluates: bool = True
     """Whether the loop evaluates with the training micro-batch."""
+    resumes: bool = False
+    """Whether the run goes on from a checkpoint: optimizer states are there before the first step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +105,8 @@ class Recipe:
     __pydantic_config__ = STRICT
 
     method: Method
-    """Which parameters train: all (`full`), adapters (`lora`), adapters on a 4- or 8-bit base (`qlora`)."""
+    """Which parameters train: all (`full`), adapters (`lora`), adapters on a 4- or 8-bit base (`qlora`), virtual tokens
+    before the text (`prompt-tuning`), or before the keys and values of every layer (`prefix-tuning`)."""
     optimizer: str = "adamw"
     """Key of the optimizers table."""
     weight_dtype: Dtype = "bf16"
@@ -109,5 +123,9 @@ class Recipe:
     """The adapter, for `lora` and `qlora`."""
     quantization: Quantization | None = None
     """Storage of the frozen base, for `qlora`."""
+    num_virtual_tokens: int | None = None
+    """Trained tokens in front of every sequence, for `prompt-tuning` and `prefix-tuning`."""
+    preference: Preference | None = None
+    """Pairs of answers and their reference, for DPO; None for training on labels."""
     engine: Engine
     """Semantics of the training loop."""

@@ -51,6 +51,8 @@ class Workload:
     """The devices."""
     task: str
     """Key of the tasks table."""
+    moe_imbalance: float = 1.0
+    """Tokens of the busiest expert as a multiple of an even share; 1.0 is balanced routing."""
     num_epochs: float = 1.0
     """Passes over the data."""
     objective: Literal["step_seconds"] = "step_seconds"
