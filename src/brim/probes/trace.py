@@ -8,29 +8,20 @@ Leaves out: cuDNN attention, collectives, what user callbacks allocate.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from brim.cost.allocator import CachingAllocator
-from brim.cost.calibration import margin_bytes
-from brim.cost.ledger import Estimate, Ledger, Moment
-from brim.cost.overhead import context_bytes, workspace_bytes
+from brim.cost.ledger import Estimate
+from brim.cost.overhead import workspace_bytes
 from brim.errors import BrimError, MissingExtra, ProbeFailed, quoted
+from brim.probes.stream import MODEL_PHASE, Traced, read_estimate
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
 
 if TYPE_CHECKING:
-
+    from brim.probes.fold import Pattern
     from brim.probes.inputs import MakeInputs
     from brim.probes.model import BuildModel
-    from brim.probes.tracker import Event, Storage, StorageTracker
-
-_ROWS = {
-    "parameter": "parameters", "buffer": "buffers", "gradient": "gradients", "optimizer_state": "optimizer_states",
-    "activation": "activations", "temporary": "temporaries", "input": "inputs", "workspace": "overhead",
-}  # fmt: skip
+    from brim.probes.tracker import StorageTracker
 
 
 def trace(
@@ -43,8 +34,8 @@ def trace(
         workload: what is trained on what, with which recipe.
         strategy: how it is run.
         build_model: returns the model with random or no weights; called with the meta device as default.
-        make_inputs: returns one micro-batch as keyword arguments of the model; token ids and labels if None.
-        fold: whether identical layers are run five deep and their stream repeated.
+        make_inputs: returns one micro-batch as keyword arguments of the model; by the model's signature if None.
+        fold: whether alike layers are run four deep and their stream repeated.
 
     Returns:
         Moments of two optimizer steps with their ledgers; allocated, reserved and device bytes of one device.
@@ -52,22 +43,27 @@ def trace(
     Raises:
         MissingExtra: torch is not installed. ProbeFailed: the step does not run, or is of a kind not traced yet.
     """
+    return read_estimate(workload, strategy, trace_step(workload, strategy, build_model, make_inputs, fold=fold))
+
+
+def trace_step(
+    workload: Workload, strategy: Strategy, build_model: BuildModel, make_inputs: MakeInputs | None = None, *,
+    fold: bool = True,
+) -> Traced:  # fmt: skip
+    """Return the stream of the whole model's steps; arguments and errors as those of `trace`."""
     try:
         from brim.probes.fold import unfold
     except ImportError:
         raise MissingExtra(package="torch", extra="trace", purpose="--by trace") from None
     refuse_untraced(workload, strategy)
-    tracker, stream, depth = None, None, 0
-    if fold and len(workload.model.groups) == 1:
-        tracker, depth = follow_step(workload, strategy, build_model, make_inputs, fold=True)
-        stream = unfold(tracker.events, tracker.storages, depth) if depth else (tracker.events, tracker.storages)
-    if tracker is None or stream is None:
-        tracker, depth = follow_step(workload, strategy, build_model, make_inputs)
-        stream = tracker.events, tracker.storages
-    found = read_estimate(workload, strategy, *stream, len(tracker.scalars_asked))
-    if depth:
-        found = replace(found, notes=(*found.notes, f"5 of {depth} identical layers were run, the third for the rest"))
-    return found
+    if fold:
+        tracker, pattern = follow_step(workload, strategy, build_model, make_inputs, fold=True)
+        stream = unfold(tracker.events, tracker.storages, pattern) if pattern else (tracker.events, tracker.storages)
+        if stream is not None:
+            folded = [f"{pattern.kept} of {pattern.num_layers} layers were run, alike ones repeated"] if pattern else []
+            return Traced(*stream, (*list_notes(workload, strategy, tracker), *folded))
+    tracker, _ = follow_step(workload, strategy, build_model, make_inputs)
+    return Traced(tracker.events, tracker.storages, list_notes(workload, strategy, tracker))
 
 
 def refuse_untraced(workload: Workload, strategy: Strategy) -> None:
@@ -99,8 +95,8 @@ def refuse_untraced(workload: Workload, strategy: Strategy) -> None:
 def follow_step(
     workload: Workload, strategy: Strategy, build_model: BuildModel, make_inputs: MakeInputs | None = None, *,
     fold: bool = False,
-) -> tuple[StorageTracker, int]:  # fmt: skip
-    """Return the tracker after two optimizer steps on fake tensors, and of how many layers five were run, 0 for all.
+) -> tuple[StorageTracker, Pattern | None]:  # fmt: skip
+    """Return the tracker after two optimizer steps on fake tensors, and how layers left out repeat; None if all ran.
 
     Raises:
         ProbeFailed: the step does not run.
@@ -119,16 +115,17 @@ def follow_step(
     from brim.probes.step import plan_step, run_steps
     from brim.probes.tracker import StorageTracker
 
-    model = prepare_model(build_model, workload.recipe, strategy)
-    depth = fold_layers(model) if fold else 0
+    patterns: list[Pattern | None] = [None]
+    shorten = (lambda built: patterns.append(fold_layers(built))) if fold else None
+    model = prepare_model(build_model, workload.recipe, strategy, shorten=shorten)
     tracker = StorageTracker(list_workspaces, scalar=1.0, kind=FakeTensor)
     device = workload.cluster.device
     try:
         with FakeTensorMode(), card_kernels(device, strategy.attention_kernel):
             give_tensors(model)
-            tracker.begin("model")
-            tracker.follow(model.parameters(), "parameter")
-            tracker.follow(model.buffers(), "buffer")
+            tracker.begin(MODEL_PHASE)
+            tracker.follow(model.named_parameters(), "parameter")
+            tracker.follow(model.named_buffers(), "buffer")
             for index, layer in enumerate(find_layers(model) or ()):
                 tracker.tag((*layer.parameters(), *layer.buffers()), index)
             for _ in range(2):  # one handle of the matrix library for the forward thread, one for autograd's
@@ -143,7 +140,7 @@ def follow_step(
         raise ProbeFailed(text) from error
     except Exception as error:  # whatever the model's own code raises
         raise ProbeFailed(f"the step of {quoted(workload.model.name)} does not run: {_where(error)}") from error
-    return tracker, depth
+    return tracker, patterns[-1]
 
 
 def _where(error: Exception) -> str:
@@ -159,49 +156,8 @@ def _where(error: Exception) -> str:
     return text + origin
 
 
-def read_estimate(
-    workload: Workload, strategy: Strategy, events: Sequence[Event], storages: Mapping[int, Storage], num_scalars: int
-) -> Estimate:
-    """Return the estimate that a stream of allocations means on the workload's device."""
-    moments = list_moments(events, storages)
-    peak = max(moments, key=lambda moment: moment.total_bytes)
-    reserved = replay(events, expandable=strategy.allocator == "expandable_segments")
-    return Estimate(
-        source="trace", moments=moments, peak_allocated_bytes=peak.total_bytes, peak_reserved_bytes=reserved,
-        device_bytes=reserved + context_bytes(workload.cluster.device), peak_moment=peak.name,
-        margin_bytes=margin_bytes("trace", peak.total_bytes), notes=_notes(workload, strategy, num_scalars),
-    )  # fmt: skip
-
-
-def replay(events: Iterable[Event], *, expandable: bool = False) -> int:
-    """Return the most bytes the caching allocator reserves over a stream."""
-    allocator = CachingAllocator(expandable=expandable)
-    for event in events:
-        if event.num_bytes > 0:
-            allocator.allocate(event.key, event.num_bytes)
-        elif event.num_bytes < 0:
-            allocator.free(event.key)
-    return allocator.peak_reserved_bytes
-
-
-def list_moments(events: Iterable[Event], storages: Mapping[int, Storage]) -> tuple[Moment, ...]:
-    """Return the highest point of each phase, in order of the step, with its ledger."""
-    live: Counter[str] = Counter()
-    total, best = 0, {}
-    for event in events:
-        if event.num_bytes:
-            live[storages[event.key].category] += event.num_bytes
-            total += event.num_bytes
-        if event.phase != "model" and total > best.get(event.phase, (0, None))[0]:
-            best[event.phase] = total, Counter(live)
-    return tuple(Moment(name=name, ledger=_ledger(rows)) for name, (_, rows) in best.items())
-
-
-def _ledger(live: Mapping[str, int]) -> Ledger:
-    return Ledger(**{row: live.get(category, 0) for category, row in _ROWS.items()})
-
-
-def _notes(workload: Workload, strategy: Strategy, num_scalars: int) -> tuple[str, ...]:
+def list_notes(workload: Workload, strategy: Strategy, tracker: StorageTracker) -> tuple[str, ...]:
+    """Return what the trace assumed, one sentence each."""
     import torch
 
     notes = [
@@ -213,8 +169,9 @@ def _notes(workload: Workload, strategy: Strategy, num_scalars: int) -> tuple[st
         notes.append(f"micro-batches 3 to {strategy.gradient_accumulation_steps} repeat the second")
     if strategy.attention_kernel == "flash":
         notes.append("flash attention is PyTorch's own kernel, which keeps what the flash-attn package keeps")
-    if num_scalars:
-        notes.append(f"the number 1 stands in where code reads one from the device ({num_scalars} places)")
+    if tracker.scalars_asked:
+        places = len(tracker.scalars_asked)
+        notes.append(f"the number 1 stands in where code reads one from the device ({places} places)")
     if workload.recipe.engine.evaluates:
         notes.append("evaluation runs with the training micro-batch")
     return tuple(notes)
