@@ -1,4 +1,4 @@
-"""Five layers unfolded are the whole model, to the byte: every event's size, every moment, what is reserved."""
+"""Four repeats unfolded are the whole model, to the byte: every event's size, every moment, what is reserved."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import torch
 from real_steps import Case
 
-from brim.probes.fold import FOLDED_DEPTH, fold_layers, unfold
+from brim.probes.fold import Pattern, find_pattern, fold_layers, unfold
 from brim.probes.trace import follow_step, trace
 from brim.spec.recipe import Engine
 
@@ -29,6 +29,10 @@ CASES = {
     ),
 }  # fmt: skip
 SLOW = {
+    "gemma2, window in every other layer": lambda: Case("gemma2", depth=14, dtype="bf16", attention="sdpa"),
+    "gemma3, five windows and a whole": lambda: Case(
+        "gemma3_text", depth=38, method="lora", dtype="bf16", attention="sdpa", activation_checkpointing="full"
+    ),
     "mixtral, loop over tensors": lambda: Case(
         "mixtral", depth=6, dtype="bf16", attention="sdpa", optimizer_kernel="loop"
     ),
@@ -57,50 +61,76 @@ def _quiet() -> None:
 @pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_unfolded_is_the_whole_model_to_the_byte(name: str) -> None:
     case = (CASES | SLOW)[name]()
-    tracker, depth = follow_step(case.workload, case.strategy, case.build, fold=True)
-    assert depth == case.workload.model.num_hidden_layers
-    assert unfold(tracker.events, tracker.storages, depth) is not None
+    tracker, pattern = follow_step(case.workload, case.strategy, case.build, fold=True)
+    assert pattern is not None and pattern.num_layers == case.workload.model.num_hidden_layers > pattern.kept
+    assert unfold(tracker.events, tracker.storages, pattern) is not None
     folded = trace(case.workload, case.strategy, case.build)
-    assert case.config.num_hidden_layers == depth  # the caller's config is left alone
+    assert case.config.num_hidden_layers == pattern.num_layers  # the caller's config is left alone
     whole = trace(case.workload, case.strategy, case.build, fold=False)
     assert folded.moments == whole.moments
     assert folded.peak_reserved_bytes == whole.peak_reserved_bytes
+    assert [one.bytes for one in folded.tensors] == [one.bytes for one in whole.tensors]
 
 
 def test_events_of_the_unfolded_stream_are_those_of_the_whole() -> None:
     case = Case("llama", depth=7)
-    tracker, depth = follow_step(case.workload, case.strategy, case.build, fold=True)
-    unfolded = unfold(tracker.events, tracker.storages, depth)
+    tracker, pattern = follow_step(case.workload, case.strategy, case.build, fold=True)
+    assert pattern is not None
+    unfolded = unfold(tracker.events, tracker.storages, pattern)
     assert unfolded is not None
     whole, _ = follow_step(case.workload, case.strategy, case.build)
-    assert sorted(event[1:3] for event in unfolded[0]) == sorted(event[1:3] for event in whole.events)
-    assert sum(event.num_bytes for event in unfolded[0]) == sum(event.num_bytes for event in whole.events)
+    assert [event[1:] for event in unfolded[0]] == [event[1:] for event in _in_order_of_layers(whole)]
+    assert sorted(one.num_bytes for one in unfolded[1].values()) == sorted(
+        one.num_bytes for one in whole.storages.values()
+    )
+
+
+def _in_order_of_layers(tracker):  # type: ignore[no-untyped-def]
+    from brim.probes.fold import _order_frees
+
+    return _order_frees(tracker.events, tracker.storages)
+
+
+@pytest.mark.parametrize(("kinds", "pattern"), [
+    ("aaaaaaa", (0, 1, 7)), ("aaaa", None), ("abcdefg", None), ("daaaaaa", (1, 1, 6)), ("aaaaaaz", (0, 1, 6)),
+    ("sf" * 6, (0, 2, 6)), ("sssssf" * 8 + "ss", (0, 6, 8)), ("ddd" + "e" * 58, (3, 1, 58)), ("sfsfsf", None),
+])  # fmt: skip
+def test_the_pattern_leaves_the_fewest_layers(kinds: str, pattern: tuple[int, int, int] | None) -> None:
+    found = find_pattern(list(kinds))
+    assert (found and (found.before, found.length, found.repeats)) == pattern
+    if found is not None:
+        assert found.kept + found.missing * found.length == len(kinds) == found.num_layers
+
+
+def test_units_are_layers_but_each_repeat_is_one() -> None:
+    pattern = Pattern(before=1, length=2, repeats=6, num_layers=14)
+    assert pattern.kept == 10
+    assert [pattern.unit_of(layer) for layer in range(10)] == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
+    assert pattern.middle == 2
 
 
 def test_layers_that_differ_are_not_folded() -> None:
-    layers = torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(7)] + [torch.nn.Linear(4, 8)])
-    assert fold_layers(torch.nn.ModuleDict({"layers": layers})) == 0
-    assert len(layers) == 8
+    layers = torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(4)] + [torch.nn.Linear(4, 8)])
+    assert fold_layers(torch.nn.ModuleDict({"layers": layers})) is None
+    assert len(layers) == 5
     alike = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(7))
-    assert fold_layers(torch.nn.ModuleDict({"layers": alike})) == 7
-    assert len(alike) == FOLDED_DEPTH
+    assert fold_layers(torch.nn.ModuleDict({"layers": alike})) == Pattern(0, 1, 7, 7)
+    assert len(alike) == 4
 
 
-def test_a_stream_whose_middle_layers_differ_is_not_unfolded() -> None:
+def test_a_stream_whose_inner_repeats_differ_is_not_unfolded() -> None:
     case = Case("llama", depth=7)
-    tracker, depth = follow_step(case.workload, case.strategy, case.build, fold=True)
-    at = next(index for index, event in enumerate(tracker.events) if event.layer == 3 and event.num_bytes > 0)
-    tracker.events[at] = replace_bytes(tracker.events[at])
-    assert unfold(tracker.events, tracker.storages, depth) is None
-
-
-def replace_bytes(event):  # type: ignore[no-untyped-def]
-    return event._replace(num_bytes=event.num_bytes + 512)
+    tracker, pattern = follow_step(case.workload, case.strategy, case.build, fold=True)
+    assert pattern is not None
+    at = next(index for index, event in enumerate(tracker.events) if event.layer == 2 and event.num_bytes > 0)
+    tracker.events[at] = tracker.events[at]._replace(num_bytes=tracker.events[at].num_bytes + 512)
+    assert unfold(tracker.events, tracker.storages, pattern) is None
 
 
 def test_depth_costs_no_time_in_proportion() -> None:
-    """Eighty layers are five traced and seventy-five repeated."""
+    """Eighty layers are four traced and seventy-six repeated."""
     case = Case("llama", depth=80, dtype="bf16", attention="sdpa", activation_checkpointing="full")
-    tracker, depth = follow_step(case.workload, case.strategy, case.build, fold=True)
-    stream = unfold(tracker.events, tracker.storages, depth)
+    tracker, pattern = follow_step(case.workload, case.strategy, case.build, fold=True)
+    assert pattern is not None
+    stream = unfold(tracker.events, tracker.storages, pattern)
     assert stream is not None and len(stream[0]) > 8 * len(tracker.events)

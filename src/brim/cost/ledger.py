@@ -75,6 +75,30 @@ class StepTime:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeldTensor:
+    """Tensors in memory at the peak that are alike: same place in the model, shape, dtype and operator."""
+
+    __pydantic_config__ = STRICT
+
+    bytes: int
+    """Bytes of all of them together."""
+    count: int
+    """How many they are."""
+    row: str
+    """Ledger row they count in."""
+    module: str
+    """Path of the module that made them, layers as `*`; the parameter's own name for weights, gradients, states."""
+    shape: tuple[int, ...]
+    """Shape of each."""
+    dtype: str
+    """Element type, PyTorch's name."""
+    op: str
+    """Operator that made them; empty for what was there before the step."""
+    line: str
+    """File and line of the model's code that ran; empty in the backward pass."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
     """What a strategy costs on a workload, by one answerer. Peak = max over moments."""
 
@@ -98,3 +122,5 @@ class Estimate:
     """How far this answerer has been wrong, bytes: the p90 of its error times the peak."""
     notes: tuple[str, ...] = ()
     """What was assumed, one sentence each."""
+    tensors: tuple[HeldTensor, ...] = ()
+    """The largest of what is in memory at the peak, largest first; empty where the answerer knows no tensors."""

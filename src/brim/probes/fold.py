@@ -1,15 +1,16 @@
-"""Layers repeat: a step of five layers, unfolded into the step of as many as the model has.
+"""Layers repeat: a step of four repeats, unfolded into the step of as many as the model has.
 
-Memory is a stream of allocations and frees. Where identical layers run one after another, the stream repeats itself
-with other storages; the stream of the middle layer is repeated in place of the layers that were left out. Whether the
-three middle layers really did the same is checked, event by event.
+Memory is a stream of allocations and frees. Where alike layers run one after another, the stream repeats itself with
+other storages; the stream of an inner repeat stands for those that were left out. Whether the two inner repeats really
+did the same is checked, event by event. What repeats may be one layer or a pattern of several (five with a window, one
+without), and layers before and after it may differ (dense ones before those with experts).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,76 +18,163 @@ import torch
 from brim.probes.model import find_layers
 from brim.probes.tracker import Event, Storage
 
-FOLDED_DEPTH = 5
-_MIDDLE = 2
+_KEPT = 4
+"""Repeats that run: the first, two inner ones that are compared, the last."""
+_LONGEST_PATTERN = 12
+_STRIDE = 1 << 32
+"""Storages of a repeat that was left out are numbered this far from those of the repeat that stands for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """How the layers of a model repeat."""
+
+    before: int
+    """Layers before the first repeat."""
+    length: int
+    """Layers of one repeat."""
+    repeats: int
+    """Repeats the model has."""
+    num_layers: int
+    """Layers the model has."""
+
+    @property
+    def kept(self) -> int:
+        """Layers that run."""
+        return self.num_layers - self.length * (self.repeats - _KEPT)
+
+    @property
+    def middle(self) -> int:
+        """Number of the unit that stands for those left out; units are layers, but each repeat is one."""
+        return self.before + 1
+
+    @property
+    def missing(self) -> int:
+        """Repeats that are left out."""
+        return self.repeats - _KEPT
+
+    def unit_of(self, layer: int) -> int:
+        """Return the unit of a layer that runs; -1 for what belongs to none."""
+        if layer < self.before:
+            return layer
+        inside = layer - self.before
+        covered = _KEPT * self.length
+        return self.before + (inside // self.length if inside < covered else _KEPT + inside - covered)
 
 
 class Place(NamedTuple):
-    """Where a storage was made: which sweep over the layers, which layer, and how many storages before it."""
+    """Where a storage was made: which sweep over the units, which unit, and how many storages before it."""
 
     sweep: int
-    layer: int
+    unit: int
     ordinal: int
 
 
 @dataclass(slots=True)
 class _Run:
-    """Consecutive events of one layer, or of none (-1)."""
+    """Consecutive events of one unit, or of none (-1)."""
 
-    layer: int
+    unit: int
     events: list[Event]
     sweep: int = -1
 
 
-def fold_layers(model: torch.nn.Module) -> int:
-    """Cut the repeated layers down to five if they are all alike, and return how many there were; 0 if nothing is cut.
-
-    A model whose config lists kinds of layers is left alone unless all are of one kind.
-    """
+def fold_layers(model: torch.nn.Module) -> Pattern | None:
+    """Cut the repeated layers of a model down to four repeats, and return how they repeated; None if nothing is cut."""
     layers = find_layers(model)
-    if layers is None or len(layers) <= FOLDED_DEPTH or len({_describe(layer) for layer in layers}) != 1:
-        return 0
-    depth, config = len(layers), getattr(model, "config", None)
-    if len(set(getattr(config, "layer_types", None) or ["same"])) != 1:
-        return 0
-    if config is not None and getattr(config, "num_hidden_layers", None) != depth:
-        return 0
-    del layers[FOLDED_DEPTH:]
-    if config is not None:
-        _tell_depth(model, config)
-    return depth
+    if layers is None:
+        return None
+    holder = next((one for one in model.modules() if any(child is layers for child in one.children())), None)
+    config = getattr(holder, "config", None)
+    lists = _per_layer_lists(config, len(layers))
+    kinds = [
+        _describe(layer) + repr([values[index] for values in lists.values()]) for index, layer in enumerate(layers)
+    ]
+    pattern = find_pattern(kinds)
+    if pattern is None or not _shorten_config(model, config, lists, pattern):
+        return None
+    del layers[_cut(pattern)]
+    return pattern
 
 
-def _tell_depth(model: torch.nn.Module, config: Any) -> None:
-    """Give every module that holds the config a copy with the new depth: the caller's own stays as it is."""
-    shallow = copy.deepcopy(config)
-    shallow.num_hidden_layers = FOLDED_DEPTH
+def find_pattern(kinds: Sequence[str]) -> Pattern | None:
+    """Return the pattern of layers of these kinds that leaves the fewest to run; None if none leaves any out."""
+    best = None
+    for length in range(1, min(_LONGEST_PATTERN, len(kinds) // _KEPT) + 1):
+        start = 0
+        for index in range(length, len(kinds) + 1):
+            if index < len(kinds) and kinds[index] == kinds[index - length]:
+                continue
+            repeats = (index - start) // length
+            found = Pattern(start, length, repeats, len(kinds))
+            if repeats > _KEPT and (best is None or found.kept < best.kept):
+                best = found
+            start = index - length + 1
+    return best
+
+
+def _cut(pattern: Pattern) -> slice:
+    first = pattern.before + 2 * pattern.length
+    return slice(first, first + pattern.missing * pattern.length)
+
+
+def _per_layer_lists(config: Any, num_layers: int) -> dict[str, list[Any]]:
+    """Return the entries of a config that say something of each layer."""
+    values = vars(config).items() if config is not None else ()
+    return {name: list(one) for name, one in values if isinstance(one, (list, tuple)) and len(one) == num_layers}
+
+
+def _shorten_config(model: torch.nn.Module, config: Any, lists: Mapping[str, list[Any]], pattern: Pattern) -> bool:
+    """Give every module that holds the config a copy that fits the layers that run: the caller's stays as it is."""
+    if config is None:
+        return True
+    short = copy.deepcopy(config)
+    try:
+        if getattr(config, "num_hidden_layers", None) == pattern.num_layers:
+            short.num_hidden_layers = pattern.kept
+        for name, values in lists.items():
+            del values[_cut(pattern)]
+            setattr(short, name, values)
+    except Exception:  # a config that derives one from the other: its layers are all run
+        return False
     for module in model.modules():
         if vars(module).get("config") is config:
-            module.config = shallow  # type: ignore[assignment]
+            module.config = short  # type: ignore[assignment]
+    return True
 
 
 def _describe(layer: torch.nn.Module) -> str:
     """Everything about a layer but its number."""
     parameters = [(name, tuple(one.shape), one.dtype, one.requires_grad) for name, one in layer.named_parameters()]
-    words = {
-        name: value for name, value in vars(layer).items() if isinstance(value, (str, float, bool)) and name[0] != "_"
-    }
+    words = [
+        (name, value)
+        for module in layer.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, (str, float, bool)) and name[0] != "_"
+    ]
     return f"{layer!r} {parameters} {words}"
 
 
 def unfold(
-    events: Sequence[Event], storages: Mapping[int, Storage], depth: int
+    events: Sequence[Event], storages: Mapping[int, Storage], pattern: Pattern
 ) -> tuple[list[Event], dict[int, Storage]] | None:
-    """Return the stream of a model with `depth` layers from that of five; None if the middle layers differ."""
-    runs = _split(_order_frees(events, storages), storages)
-    if not _number_sweeps(runs):
+    """Return the stream of the whole model from that of four repeats; None if the inner repeats differ.
+
+    Storages of repeats that were left out are those of the repeat that stands for them, under numbers of their own.
+    """
+    units = [
+        event._replace(layer=pattern.unit_of(event.layer)) if event.layer >= 0 else event
+        for event in _order_frees(events, storages)
+    ]
+    owners = {key: pattern.unit_of(storage.layer) for key, storage in storages.items()}
+    runs = _split(units, owners)
+    if not _number_sweeps(runs, pattern.middle):
         return None
     places = _list_places(runs)
     for index, run in enumerate(runs):
-        if run.layer == _MIDDLE and not _middle_repeats(runs, index, places):
+        if run.unit == pattern.middle and not _inner_repeat(runs, index, places):
             return None
-    return _emit(runs, places, storages, depth)
+    return _emit(runs, places, storages, pattern)
 
 
 def _order_frees(events: Sequence[Event], storages: Mapping[int, Storage]) -> list[Event]:
@@ -106,36 +194,37 @@ def _order_frees(events: Sequence[Event], storages: Mapping[int, Storage]) -> li
     return ordered + sorted(frees, key=lambda one: (storages[one.key].layer, one.key))
 
 
-def _split(events: Sequence[Event], storages: Mapping[int, Storage]) -> list[_Run]:
-    """A loop over tensors drops what it made for a layer when it has made the first of the next: that is the next's."""
+def _split(events: Sequence[Event], owners: Mapping[int, int]) -> list[_Run]:
+    """A loop over tensors drops what it made for a unit when it has made the first of the next: that is the next's."""
     runs: list[_Run] = []
     for event in events:
-        layer = event.layer
-        if layer < 0 and event.key >= 0:
-            layer = storages[event.key].layer
+        unit = event.layer
+        if unit < 0 and event.key >= 0:
+            unit = owners[event.key]
             last = runs[-1].events[-1] if runs else event
-            if event.num_bytes < 0 < last.num_bytes and layer == runs[-1].layer - 1:
-                layer += 1
-        if not runs or runs[-1].layer != layer or not event.num_bytes:
-            runs.append(_Run(layer, []))
+            if event.num_bytes < 0 < last.num_bytes and unit == runs[-1].unit - 1:
+                unit += 1
+        if not runs or runs[-1].unit != unit or not event.num_bytes:
+            runs.append(_Run(unit, []))
         runs[-1].events.append(event)
     return runs
 
 
-def _number_sweeps(runs: list[_Run]) -> bool:
-    """Number passes over the layers, in either direction; False where a middle layer stands alone."""
+def _number_sweeps(runs: list[_Run], middle: int) -> bool:
+    """Number passes over the units, in either direction; False where a middle unit stands alone."""
     for index, run in enumerate(runs):
-        if run.layer != _MIDDLE:
+        if run.unit != middle:
             continue
         if index == 0 or index + 1 >= len(runs):
             return False
-        step = runs[index + 1].layer - _MIDDLE
-        if abs(step) != 1 or runs[index - 1].layer != _MIDDLE - step:
+        step = runs[index + 1].unit - middle
+        if abs(step) != 1 or runs[index - 1].unit != middle - step:
             return False
-        for offset in range(-_MIDDLE, _MIDDLE + 1):
-            at = index + offset
-            if 0 <= at < len(runs) and runs[at].layer == _MIDDLE + step * offset:
+        for direction in (1, -1):
+            at = index
+            while 0 <= at < len(runs) and runs[at].unit == middle + step * (at - index) and runs[at].unit >= 0:
                 runs[at].sweep = index
+                at += direction
     for index, run in enumerate(runs):
         if run.sweep < 0:
             run.sweep = index
@@ -148,63 +237,74 @@ def _list_places(runs: list[_Run]) -> dict[int, Place]:
         ordinal = 0
         for event in run.events:
             if event.num_bytes > 0:
-                places[event.key] = Place(run.sweep, run.layer, ordinal)
+                places[event.key] = Place(run.sweep, run.unit, ordinal)
                 ordinal += 1
     return places
 
 
-def _middle_repeats(runs: list[_Run], index: int, places: Mapping[int, Place]) -> bool:
-    before, middle, after = (list(_describe_run(runs[at], places)) for at in (index - 1, index, index + 1))
-    return before == middle == after and all(abs(one[3]) <= 1 for one in middle)
+def _inner_repeat(runs: list[_Run], index: int, places: Mapping[int, Place]) -> bool:
+    """Whether the middle unit did what the inner unit beside it did."""
+    beside = index + (runs[index + 1].unit - runs[index].unit)
+    middle, other = (list(_describe_run(runs[at], places)) for at in (index, beside))
+    return middle == other and all(abs(one[3]) <= 1 for one in middle)
 
 
 def _describe_run(run: _Run, places: Mapping[int, Place]) -> Iterator[tuple[Any, ...]]:
-    """Yield the events of a run as seen from its layer: storages of other layers by distance."""
+    """Yield the events of a run as seen from its unit: storages of other units by distance."""
     for event in run.events:
         place = places[event.key]
-        if place.layer < 0:
+        if place.unit < 0:
             yield event.num_bytes, event.phase, place, 0
         else:
-            yield event.num_bytes, event.phase, (place.sweep, place.ordinal), place.layer - run.layer
+            yield event.num_bytes, event.phase, (place.sweep, place.ordinal), place.unit - run.unit
 
 
 def _emit(
-    runs: list[_Run], places: Mapping[int, Place], storages: Mapping[int, Storage], depth: int
+    runs: list[_Run], places: Mapping[int, Place], storages: Mapping[int, Storage], pattern: Pattern
 ) -> tuple[list[Event], dict[int, Storage]]:
+    """Write the runs down, the middle one once for itself and once for each repeat that was left out.
+
+    A storage's number is that of the run it stands in, plus a stride for each repeat its unit lies behind the middle.
+    """
+    middle, missing = pattern.middle, pattern.missing
+    twins = {place: key for key, place in places.items() if place.unit == middle}
     made: list[Event] = []
-    named: dict[Place, int] = {}
-    described: dict[int, Storage] = {}
+    described = dict(storages)
     for index, run in enumerate(runs):
-        for layer in _new_layers(runs, index, depth):
-            for event in run.events:
-                if event.key < 0:
-                    made.append(event)
-                    continue
-                place = places[event.key]
-                new = place._replace(layer=_new_layer(place.layer, run.layer, layer, depth))
-                if event.num_bytes > 0:
-                    named[new] = len(described)
-                    described[len(described)] = replace(storages[event.key], layer=new.layer)
-                made.append(Event(named[new], event.num_bytes, event.phase, layer))
+        if run.unit != middle:
+            made += [_shifted(event, places, run.unit, pattern, twins) for event in run.events]
+            continue
+        seen = [_seen_from_middle(event, places, middle, twins) for event in run.events]
+        behind = range(missing + 1)
+        for offset in behind if runs[index + 1].unit > middle else reversed(behind):
+            for event, key, distance in seen:
+                new = key if distance is None else _number(key, offset + distance, missing, event.key)
+                made.append(tuple.__new__(Event, (new, event.num_bytes, event.phase, middle + offset)))
+                if event.num_bytes > 0 and offset:
+                    described[new] = storages[event.key]
     return made, described
 
 
-def _new_layers(runs: list[_Run], index: int, depth: int) -> Iterator[int]:
-    """Yield the layers a run stands for, in the direction of its sweep."""
-    layer = runs[index].layer
-    if layer != _MIDDLE:
-        yield layer if layer < _MIDDLE else depth - FOLDED_DEPTH + layer
-        return
-    middle = range(_MIDDLE, depth - _MIDDLE)
-    yield from middle if runs[index + 1].layer > _MIDDLE else reversed(middle)
+def _seen_from_middle(
+    event: Event, places: Mapping[int, Place], middle: int, twins: Mapping[Place, int]
+) -> tuple[Event, int, int | None]:
+    """Return an event of the middle unit, the middle's own storage in that place, and how far off its unit is."""
+    place = places[event.key]
+    if place.unit < 0:
+        return event, event.key, None
+    return event, twins[place._replace(unit=middle)], place.unit - middle
 
 
-def _new_layer(owner: int, run_layer: int, new_layer: int, depth: int) -> int:
-    """Return which layer of the deep model owns a storage that a run of the shallow one touches."""
-    if owner < 0:
-        return owner
-    if run_layer == _MIDDLE:
-        return new_layer + owner - run_layer
-    if owner == _MIDDLE:
-        return _MIDDLE if run_layer < _MIDDLE else depth - _MIDDLE - 1
-    return owner if owner < _MIDDLE else depth - FOLDED_DEPTH + owner
+def _number(twin: int, offset: int, missing: int, own: int) -> int:
+    """Return the number of the storage in the middle's place, `offset` units behind it; of the edges, its own."""
+    return twin + offset * _STRIDE if 0 <= offset <= missing else own
+
+
+def _shifted(
+    event: Event, places: Mapping[int, Place], unit: int, pattern: Pattern, twins: Mapping[Place, int]
+) -> Event:
+    """Return an event outside the middle: what it touches of the middle is of the repeat nearest to it."""
+    layer = event.layer + pattern.missing if event.layer > pattern.middle else event.layer
+    if event.key >= 0 and places[event.key].unit == pattern.middle and unit > pattern.middle:
+        return Event(event.key + pattern.missing * _STRIDE, event.num_bytes, event.phase, layer)
+    return event._replace(layer=layer)

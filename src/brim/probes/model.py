@@ -16,6 +16,7 @@ from brim.errors import BrimError, MissingExtra, ProbeFailed, quoted
 from brim.probes.adapters import adapt
 from brim.probes.checkpointing import checkpoint
 from brim.probes.dtypes import torch_dtype
+from brim.probes.quantized import quantize_base
 from brim.spec.recipe import Recipe
 from brim.spec.strategy import AttentionKernel, Strategy
 
@@ -48,8 +49,17 @@ def build_from_config(config: Mapping[str, Any], architecture: str, attention: A
         raise ProbeFailed(f"{architecture} cannot be built from its config: {_first_line(error)}") from error
 
 
-def prepare_model(build_model: BuildModel, recipe: Recipe, strategy: Strategy) -> torch.nn.Module:
+def prepare_model(
+    build_model: BuildModel, recipe: Recipe, strategy: Strategy, *,
+    shorten: Callable[[torch.nn.Module], object] | None = None,
+) -> torch.nn.Module:  # fmt: skip
     """Return the model as the trainer has it when training starts, its parameters on the meta device.
+
+    Args:
+        build_model: returns the model; called with the meta device as default.
+        recipe: what is done to it before training.
+        strategy: how it is run.
+        shorten: takes layers away that need not run, before anything is done to them.
 
     Raises:
         ProbeFailed: the model cannot be built, wrapped or checkpointed.
@@ -57,7 +67,10 @@ def prepare_model(build_model: BuildModel, recipe: Recipe, strategy: Strategy) -
     try:
         with torch.device("meta"):
             model = build_model()
+        if shorten is not None:
+            shorten(model)
         _cast_parameters(model, torch_dtype(recipe.weight_dtype))
+        quantize_base(model, recipe)
         if getattr(model, "config", None) is not None:
             model.config.use_cache = False
         checkpoint(model, strategy, recipe.engine)

@@ -11,7 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ Workspaces = Callable[[Any, tuple[Any, ...], Any], Iterable[int]]
 BLOCK_BYTES = 512
 """The CUDA caching allocator hands out multiples of this. Source: c10/cuda/CUDACachingAllocator.cpp kMinBlockSize."""
 _ENGINE = ("_engine_run_backward", "graph.py")
+_LOOP = ("/brim/probes/step.py", "/brim/probes/preferences.py")
 _MODES = ("_python_dispatch.py", "eval_frame.py", "_compile.py")
 
 
@@ -60,6 +61,10 @@ class Storage:
     """Which of the repeated layers it belongs to: the one that ran, or that of the tensor it was made from."""
     category: Category = "temporary"
     """What it holds; known for sure only when the step is over."""
+    line: str = ""
+    """File and line of the model's code that ran; empty in the backward pass and outside the model."""
+    name: str = ""
+    """Name of the parameter it holds, or whose gradient or optimizer state it holds; empty for others."""
 
 
 class StorageTracker(TorchDispatchMode):
@@ -85,6 +90,7 @@ class StorageTracker(TorchDispatchMode):
         self.modules: list[str] = []
         self.layer = -1
         self.scalars_asked: set[str] = set()
+        self.read_scalar: Callable[[torch.Tensor], Any] | None = None
         self._workspaces, self._scalar, self._kind, self._block_bytes = workspaces, scalar, kind, block_bytes
         self._keys: dict[int, int] = {}
         self._watchers: dict[int, weakref.ref[Any]] = {}
@@ -99,12 +105,13 @@ class StorageTracker(TorchDispatchMode):
         self.phase, self.layer = phase, -1
         self.events.append(Event(-1, 0, phase))
 
-    def follow(self, tensors: Iterable[torch.Tensor], category: Category) -> None:
-        """Take tensors made before as allocated now."""
-        for tensor in tensors:
-            key = self._add(tensor, "given")
+    def follow(self, tensors: Iterable[torch.Tensor | tuple[str, torch.Tensor]], category: Category) -> None:
+        """Take tensors made before as allocated now; pairs give each its name."""
+        for one in tensors:
+            name, tensor = one if isinstance(one, tuple) else ("", one)
+            key = self._add(tensor, "")
             if key is not None:
-                self.storages[key].category = category
+                self.storages[key].category, self.storages[key].name = category, name
 
     def label(self, tensors: Iterable[torch.Tensor], category: Category) -> None:
         """Say what tensors hold, whenever they were made."""
@@ -112,6 +119,16 @@ class StorageTracker(TorchDispatchMode):
             key = self._keys.get(tensor.untyped_storage()._cdata, -1)
             if key >= 0:
                 self.storages[key].category = category
+
+    def call(self, tensors: Iterable[torch.Tensor], name: str) -> None:
+        """Give storages the name of the parameter they belong to."""
+        for key in self.keys_of(tensors):
+            self.storages[key].name = name
+
+    def name_of(self, tensor: torch.Tensor) -> str:
+        """Return the name of the parameter a tensor's storage holds; empty if it has none."""
+        key = self._keys.get(tensor.untyped_storage()._cdata, -1)
+        return self.storages[key].name if key >= 0 else ""
 
     def tag(self, tensors: Iterable[torch.Tensor], layer: int) -> None:
         """Say which of the repeated layers tensors belong to."""
@@ -155,7 +172,8 @@ class StorageTracker(TorchDispatchMode):
         if func is torch.ops.prim.device.default and hasattr(args[0], "fake_device"):
             return args[0].fake_device
         if func is torch.ops.aten._local_scalar_dense.default and self._scalar is not None:
-            return self._answer_scalar(args[0])
+            known = self.read_scalar(args[0]) if self.read_scalar is not None else None
+            return self._answer_scalar(args[0]) if known is None else known
         self._sums = None
         result = func(*args, **(kwargs or {}))
         self._follow_result(func, args, result)
@@ -199,7 +217,9 @@ class StorageTracker(TorchDispatchMode):
 
     def _record(self, num_bytes: int, op: Any, dtype: str, shape: tuple[int, ...]) -> int:
         key, module = len(self.storages), self.modules[-1] if self.modules else ""
-        self.storages[key] = Storage(key, num_bytes, str(op), module, self.phase, dtype, shape, self.layer)
+        self.storages[key] = Storage(
+            key, num_bytes, str(op), module, self.phase, dtype, shape, self.layer, line=_model_line() if module else ""
+        )
         self.events.append(Event(key, self._rounded(num_bytes), self.phase, self.layer))
         return key
 
@@ -250,6 +270,32 @@ def _tensors(result: Any) -> Iterable[torch.Tensor]:
     if isinstance(result, Mapping):
         return (one for one in result.values() if isinstance(one, torch.Tensor))
     return ()
+
+
+def _model_line() -> str:
+    """Return file and line of the innermost frame that is the model's own code: neither torch's nor brim's."""
+    frame: FrameType | None = sys._getframe(3)
+    while frame is not None:
+        code = frame.f_code
+        own = _OWN_CODE.get(code)
+        if own is None:
+            own = _OWN_CODE[code] = _owner(code.co_filename)
+        if own == "model":
+            return f"{code.co_filename.rpartition('site-packages/')[2]}:{frame.f_lineno}"
+        if own == "loop":
+            return ""
+        frame = frame.f_back
+    return ""
+
+
+_OWN_CODE: dict[CodeType, str] = {}
+
+
+def _owner(path: str) -> str:
+    """Whose code a file is: the step's loop, PyTorch's and brim's stand-ins for it, or the model's."""
+    if path.endswith(_LOOP):
+        return "loop"
+    return "torch" if "/torch/" in path or "/brim/probes/" in path or "/peft/" in path else "model"
 
 
 def _called_by_engine() -> bool:

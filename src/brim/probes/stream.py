@@ -1,0 +1,119 @@
+"""A stream of allocations, read: moments, the largest tensors at the peak, what the allocator would reserve."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from brim.cost.allocator import CachingAllocator
+from brim.cost.calibration import margin_bytes
+from brim.cost.ledger import Estimate, HeldTensor, Ledger, Moment
+from brim.cost.overhead import context_bytes
+from brim.probes.timeline import STACKED_ROWS
+from brim.spec.strategy import Strategy
+from brim.spec.workload import Workload
+
+if TYPE_CHECKING:
+    from brim.probes.tracker import Event, Storage
+
+MODEL_PHASE = "model"
+"""Phase in which the model takes its memory; no moment of the step."""
+_MOST_TENSORS = 10
+_LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """Two optimizer steps as a stream of allocations."""
+
+    events: Sequence[Event]
+    """Every allocation, free and begin of a phase, in order."""
+    storages: Mapping[int, Storage]
+    """What each number in the stream stands for."""
+    notes: tuple[str, ...] = ()
+    """What was assumed, one sentence each."""
+    outside_bytes: int = 0
+    """What the step holds on the device outside the allocator (paged optimizer states), bytes."""
+
+
+def read_estimate(workload: Workload, strategy: Strategy, traced: Traced) -> Estimate:
+    """Return the estimate that a stream of allocations means on the workload's device."""
+    moments = list_moments(traced.events, traced.storages)
+    peak = max(moments, key=lambda moment: moment.total_bytes)
+    reserved = replay(traced.events, expandable=strategy.allocator == "expandable_segments")
+    return Estimate(
+        source="trace", moments=moments, peak_allocated_bytes=peak.total_bytes, peak_reserved_bytes=reserved,
+        device_bytes=reserved + context_bytes(workload.cluster.device) + traced.outside_bytes, peak_moment=peak.name,
+        margin_bytes=margin_bytes("trace", peak.total_bytes), notes=traced.notes,
+        tensors=list_tensors(traced.events, traced.storages),
+    )  # fmt: skip
+
+
+def replay(events: Iterable[Event], *, expandable: bool = False) -> int:
+    """Return the most bytes the caching allocator reserves over a stream."""
+    allocator = CachingAllocator(expandable=expandable)
+    allocate, free = allocator.allocate, allocator.free
+    for key, num_bytes, _, _ in events:
+        if num_bytes > 0:
+            allocate(key, num_bytes)
+        elif num_bytes < 0:
+            free(key)
+    return allocator.peak_reserved_bytes
+
+
+def list_moments(events: Iterable[Event], storages: Mapping[int, Storage]) -> tuple[Moment, ...]:
+    """Return the highest point of each phase, in order of the step, with its ledger."""
+    live = dict.fromkeys(STACKED_ROWS, 0)
+    total, now, highest = 0, MODEL_PHASE, 0
+    best: dict[str, tuple[int, dict[str, int]]] = {}
+    for key, num_bytes, phase, _ in events:
+        if phase != now:
+            now, highest = phase, best[phase][0] if phase in best else 0
+        if num_bytes:
+            live[storages[key].category] += num_bytes
+            total += num_bytes
+        if total > highest and now != MODEL_PHASE:
+            highest = total
+            best[now] = total, live.copy()
+    return tuple(Moment(name=name, ledger=_ledger(rows)) for name, (_, rows) in best.items())
+
+
+def _ledger(live: Mapping[str, int]) -> Ledger:
+    return Ledger(**{row: live.get(category, 0) for category, row in STACKED_ROWS.items()})
+
+
+def list_tensors(events: Sequence[Event], storages: Mapping[int, Storage]) -> tuple[HeldTensor, ...]:
+    """Return what is in memory at the peak, alike tensors together, the ten largest first."""
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for key in _live_at_peak(events):
+        storage = storages[key]
+        place = _LAYER_NUMBER.sub(".*", storage.name or storage.module)
+        kind = (STACKED_ROWS[storage.category], place, storage.dtype, storage.op, storage.line, repr(storage.shape))
+        alike.setdefault(kind, []).append(key)
+    found = [_held(kind, keys, storages) for kind, keys in alike.items()]
+    return tuple(sorted(found, key=lambda one: -one.bytes)[:_MOST_TENSORS])
+
+
+def _live_at_peak(events: Sequence[Event]) -> list[int]:
+    total = highest = peak = 0
+    for index, (_, num_bytes, phase, _) in enumerate(events):
+        total += num_bytes
+        if total > highest and phase != MODEL_PHASE:
+            highest, peak = total, index
+    live: dict[int, None] = {}
+    for key, num_bytes, _, _ in events[: peak + 1]:
+        if num_bytes > 0:
+            live[key] = None
+        elif num_bytes < 0:
+            del live[key]
+    return list(live)
+
+
+def _held(kind: tuple[str, ...], keys: Sequence[int], storages: Mapping[int, Storage]) -> HeldTensor:
+    row, place, dtype, op, line, _ = kind
+    return HeldTensor(
+        bytes=sum(storages[key].num_bytes for key in keys), count=len(keys), row=row, module=place,
+        shape=storages[keys[0]].shape, dtype=dtype, op=op, line=line,
+    )  # fmt: skip
