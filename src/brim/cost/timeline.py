@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from brim.spec.model import STRICT
 
@@ -68,9 +69,9 @@ def list_spans(timeline: Timeline) -> tuple[Span, ...]:
     """Return the phases in order of the step; one that comes back is another span."""
     points = timeline.points
     starts = [index for index, point in enumerate(points) if not index or points[index - 1].phase != point.phase]
-    ends = [start - 1 for start in starts[1:]] + [len(points) - 1]
     return tuple(
-        Span(phase=points[first].phase, first=first, last=last) for first, last in zip(starts, ends, strict=True)
+        Span(phase=points[first].phase, first=first, last=after - 1)
+        for first, after in pairwise([*starts, len(points)])
     )
 
 

@@ -28,6 +28,8 @@ def read_timeline(
 ) -> Timeline:  # fmt: skip
     """Return memory after every event of a stream, row by row, with the bytes reserved.
 
+    It ends with the last allocation: what follows is the model being dropped when the trace is over.
+
     Args:
         events: allocations and frees in order; those of 0 bytes only begin a phase and make no point.
         storages: what the events' keys stand for; rows are those of the categories they end up in.
@@ -39,9 +41,7 @@ def read_timeline(
     categories = [category for category in STACKED_ROWS if category in held]
     place = {category: index for index, category in enumerate(categories)}
     live, points, allocator = [0] * len(categories), [], CachingAllocator(expandable=expandable)
-    for event in events:
-        if not event.num_bytes:
-            continue
+    for event in _end_with_allocation(events):
         if event.num_bytes > 0:
             allocator.allocate(event.key, event.num_bytes)
         else:
@@ -54,3 +54,10 @@ def read_timeline(
         )
     rows = tuple(STACKED_ROWS[category] for category in categories)
     return Timeline(rows=rows, points=tuple(points), capacity_bytes=capacity_bytes, budget_bytes=budget_bytes)
+
+
+def _end_with_allocation(events: Iterable[Event]) -> list[Event]:
+    changes = [event for event in events if event.num_bytes]
+    while changes and changes[-1].num_bytes < 0:
+        changes.pop()
+    return changes

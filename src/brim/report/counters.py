@@ -25,7 +25,8 @@ def counters_json(timeline: Timeline) -> str:
     records = [*_name_tracks(), *_list_phases(timeline), *_list_counters(timeline)]
     notes = {"clock": _CLOCK, "unit": "bytes", "rows": list(timeline.rows), "num_points": len(timeline.points)}
     limits = {"capacity_bytes": timeline.capacity_bytes, "budget_bytes": timeline.budget_bytes}
-    return json.dumps({"traceEvents": records, "displayTimeUnit": "ms", "metadata": notes | limits})
+    whole = {"traceEvents": records, "displayTimeUnit": "ms", "metadata": notes | limits}
+    return json.dumps(whole, separators=(",", ":"))
 
 
 def _name_tracks() -> Iterator[Record]:

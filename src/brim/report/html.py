@@ -15,7 +15,7 @@ from brim.report.words import describe_knobs, describe_strategy, describe_worklo
 from brim.units import format_size
 
 # Text and lines take the colour of the page around them, so that light and dark themes both work.
-_STYLE = """
+STYLE = """
 .brim-plan{font-family:system-ui,sans-serif;font-size:14px;line-height:1.45;max-width:800px;color:inherit}
 .brim-plan h3{font-size:17px;margin:0 0 4px}
 .brim-plan h4{font-size:14px;margin:16px 0 4px}
@@ -39,7 +39,7 @@ _STYLE = """
 def format_plan_html(plan: Plan) -> str:
     """Return the plan as a self-contained HTML fragment; every text of the user is escaped."""
     parts = [
-        f"<style>{_STYLE}</style>",
+        f"<style>{STYLE}</style>",
         _format_head(plan),
         "<h4>Memory by moment</h4>",
         _draw(plan),
@@ -84,31 +84,33 @@ def _format_ledger(plan: Plan) -> str:
     beside = [(PAGED_WORDS, paged)] if paged else []
     for words, size_bytes in (*list_device_rows(plan.estimate, paged), *beside):
         key = f'<span class="key" style="background:{COLORS.get(words, "#777777")}"></span>{escape(words)}'
-        rows.append(_format_row([key], [format_gib(size_bytes), format_share(size_bytes, plan.capacity_bytes)]))
+        rows.append(format_row([key], [format_gib(size_bytes), format_share(size_bytes, plan.capacity_bytes)]))
     moment = f"At the peak ({plan.estimate.peak_moment})" if plan.estimate.moments else "At the peak"
-    return _format_table([escape(moment)], ["GiB", "of the card"], rows)
+    return format_table([escape(moment)], ["GiB", "of the card"], rows)
 
 
 def _format_alternatives(plan: Plan) -> str:
     knobs = list_varied([plan.strategy, *(row.strategy for row in plan.rejected)])
     chosen = format_gib(plan.estimate.peak_allocated_bytes)
     words = escape(describe_strategy(plan.strategy, knobs))
-    rows = [_format_row([words], [chosen, "1.00x"], ["chosen"], style="chosen")]
+    rows = [format_row([words], [chosen, "1.00x"], ["chosen"], style="chosen")]
     for row in plan.rejected:
         time = "-" if row.relative_step_time is None else f"{row.relative_step_time:.2f}x"
         words = escape(describe_strategy(row.strategy, knobs))
-        rows.append(_format_row([words], [format_gib(row.peak_allocated_bytes), time], [escape(row.reason)]))
-    table = _format_table(["strategy"], ["peak GiB", "step time"], rows, ["why not"])
+        rows.append(format_row([words], [format_gib(row.peak_allocated_bytes), time], [escape(row.reason)]))
+    table = format_table(["strategy"], ["peak GiB", "step time"], rows, ["why not"])
     return f"<h4>Alternatives</h4>{table}"
 
 
-def _format_table(left: Sequence[str], right: Sequence[str], rows: Iterable[str], last: Sequence[str] = ()) -> str:
+def format_table(left: Sequence[str], right: Sequence[str], rows: Iterable[str], last: Sequence[str] = ()) -> str:
+    """Return a table of rows made by `format_row` under heads: words, then numbers, then further words."""
     heads = [f"<th>{head}</th>" for head in left] + [f'<th class="num">{head}</th>' for head in right]
     heads += [f"<th>{head}</th>" for head in last]
     return f"<table><thead><tr>{''.join(heads)}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _format_row(left: Sequence[str], right: Sequence[str], last: Sequence[str] = (), style: str = "") -> str:
+def format_row(left: Sequence[str], right: Sequence[str], last: Sequence[str] = (), style: str = "") -> str:
+    """Return one row of a table: cells of HTML on the left, numbers to the right, further cells last."""
     cells = [f"<td>{cell}</td>" for cell in left] + [f'<td class="num">{cell}</td>' for cell in right]
     cells += [f"<td>{cell}</td>" for cell in last]
     return f'<tr class="{style}">{"".join(cells)}</tr>'
