@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from brim.api import estimate, export, load_plan, plan, save_plan, schema
+    from brim.api import estimate, export, load_plan, plan, save_plan, schema, trace
     from brim.cost.ledger import Estimate
     from brim.errors import BrimError, DoesNotFit
     from brim.exporters.record import Export
@@ -25,6 +25,7 @@ _HOMES = {
     "save_plan": "brim.api",
     "load_plan": "brim.api",
     "schema": "brim.api",
+    "trace": "brim.api",
     "read_model": "brim.readers.sources",
     "Plan": "brim.planner.record",
     "Estimate": "brim.cost.ledger",
@@ -39,7 +40,7 @@ _HOMES = {
 
 __all__ = [
     "BrimError", "DoesNotFit", "Estimate", "Export", "ModelShape", "Plan", "Strategy", "Workload", "__version__",
-    "estimate", "export", "load_plan", "plan", "read_model", "save_plan", "schema",
+    "estimate", "export", "load_plan", "plan", "read_model", "save_plan", "schema", "trace",
 ]  # fmt: skip
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from brim.errors import InvalidFile, InvalidInput, UnknownName, quoted
+from brim.errors import InvalidFile, InvalidInput, MissingExtra, UnknownName, quoted
+from brim.exporters.files import write_text
 from brim.planner.answerer import Answerer, answer_by_formula, answer_by_rule
 from brim.planner.candidates import check_strategy, list_variants
 from brim.planner.document import describe_estimate, describe_estimates, describe_plan, read_plan, schema
@@ -18,20 +17,24 @@ from brim.planner.job import Job, build_job
 from brim.planner.options import JobOptions, read_options
 from brim.planner.plan import plan_workload
 from brim.planner.record import Plan
+from brim.spec.device import Cluster
 from brim.spec.model import ModelShape
 from brim.spec.strategy import Strategy
+from brim.spec.workload import Workload
 from brim.tables.read import find_link, find_optimizer, find_task, find_trainer
 
 if TYPE_CHECKING:
     from brim.cost.ledger import Estimate
     from brim.exporters.record import Export
+    from brim.probes.inputs import MakeInputs
+    from brim.probes.model import BuildModel
 
 __all__ = [
     "describe_estimate", "describe_estimates", "describe_plan", "estimate", "export", "load_plan", "plan",
-    "save_plan", "schema",
+    "save_plan", "schema", "trace",
 ]  # fmt: skip
 
-_ANSWERERS: Mapping[str, Callable[[], Answerer]] = {"rule": answer_by_rule, "formula": answer_by_formula}
+_ANSWERERS = ("rule", "formula", "trace")
 _LARGEST_PLAN_BYTES = 50_000_000
 
 
@@ -50,30 +53,69 @@ def plan(model: str | ModelShape, **options: Any) -> Plan:
 
     said = read_options(options)
     job = _read_job(model, said)
-    answerer = _find_answerer(said.by or "formula")
+    answerer = _find_answerer(said.by or "formula", job)
     return plan_workload(job.workload, job.fixed, answerer, assumptions=job.assumptions, brim_version=__version__)
 
 
-def estimate(model: str | ModelShape, *, by: Sequence[str] = ("formula",), **options: Any) -> tuple[Estimate, ...]:
+def estimate(
+    model: str | ModelShape, *, by: Sequence[str] = ("formula",), fold: bool = True,
+    timeline: str | os.PathLike[str] | None = None, trace_json: str | os.PathLike[str] | None = None, **options: Any,
+) -> tuple[Estimate, ...]:  # fmt: skip
     """Return what one way of running costs, one estimate per answerer.
 
     What is not said stands as the trainer has it: micro-batch 1, no accumulation, its own checkpointing.
 
     Args:
-        model: as for `plan`.
-        by: answerers, `rule` and `formula`.
+        model: as for `plan`; `trace` takes any architecture of the installed transformers.
+        by: answerers, `rule`, `formula` and `trace`.
+        fold: whether `trace` runs alike layers four deep and repeats them; False runs every layer.
+        timeline: HTML file that `trace` draws memory over the step into.
+        trace_json: file that `trace` writes counter tracks for Perfetto into.
         options: as for `plan`; `micro_batch_size` and `gradient_accumulation_steps` say what is costed.
 
     Raises:
         BrimError: input that cannot be meant, or knobs that exclude each other.
+        ProbeFailed: the step cannot be traced; the text says what to pass instead.
     """
     said = read_options(options)
     if not by or isinstance(by, str):
         raise InvalidInput(f"by must be a list of answerers such as ('rule', 'formula'), not {quoted(by)}")
-    answerers = [_find_answerer(name) for name in by]
-    job = _read_job(model, _with_default_split(said))
+    for name in by:
+        _check_answerer(name)
+    if "trace" not in by and (timeline is not None or trace_json is not None):
+        raise InvalidInput("a timeline is drawn from the trace: ask by trace")
+    job = _read_job(model, _with_default_split(said), known_only=set(by) != {"trace"})
     strategy = _stated_strategy(job)
-    return tuple(answerer.estimate(job.workload, strategy) for answerer in answerers)
+    answers = {name: _find_answerer(name, job, fold=fold) for name in by}
+    found = tuple(answers[name].estimate(job.workload, strategy) for name in by)
+    if timeline is not None or trace_json is not None:
+        _write_timeline(answers["trace"], job.workload, strategy, found[by.index("trace")], timeline, trace_json)
+    return found
+
+
+def trace(
+    workload: Workload, strategy: Strategy, build_model: BuildModel | None = None,
+    make_inputs: MakeInputs | None = None, *, fold: bool = True,
+) -> Estimate:  # fmt: skip
+    """Return what a strategy costs, from the real model's real step on tensors without data.
+
+    Args:
+        workload: what is trained on what, with which recipe.
+        strategy: how it is run.
+        build_model: returns any `nn.Module` whose forward returns an object with a `loss`; it is called with the meta
+            device as default. None builds transformers' model of the workload's name.
+        make_inputs: returns one micro-batch as keyword arguments of the model; None reads the model's signature.
+        fold: whether alike layers are run four deep and repeated.
+
+    Raises:
+        MissingExtra: torch, transformers or peft is not installed.
+        ProbeFailed: the step cannot be traced; the text says what to pass instead.
+    """
+    from brim.probes.trace import trace as trace_model
+
+    if build_model is None:
+        build_model = _builder(workload, {})(strategy)
+    return trace_model(workload, strategy, build_model, make_inputs, fold=fold)
 
 
 def export(plan: Plan, target: str, *, version: str | None = None) -> Export:
@@ -137,76 +179,31 @@ def _check_names(plan: Plan) -> None:
         find_link(workload.cluster.device.link)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a file whole or not at all: a temporary file beside it, then one rename.
-
-    A link is followed; a device or pipe is written to as it is, since a rename would replace it.
-
-    Raises:
-        InvalidFile: the folder is missing or cannot be written to.
-    """
-    try:
-        target = Path(path).resolve()
-        if target.is_dir():
-            raise IsADirectoryError(21, "is a folder")
-        if target.exists() and not target.is_file():
-            target.write_text(text, encoding="utf-8")
-        else:
-            _replace_file(target, text)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InvalidFile(path=os.fspath(path), problem=_what_failed(error, "cannot be written")) from None
-
-
-def _replace_file(target: Path, text: str) -> None:
-    import tempfile  # 10 ms that a plan which is only printed need not pay
-
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name[:40]}.", delete=False
-        ) as file:
-            temporary = file.name
-            file.write(text)
-        os.chmod(temporary, _mode_of_new_files())
-        os.replace(temporary, target)
-        temporary = None
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-
-
-def _mode_of_new_files() -> int:
-    """Return the permissions a plain `open` would have given (temporary files are private)."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
-def _what_failed(error: Exception, verb: str) -> str:
-    reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text or no path"
-    return f"{verb}: {reason or type(error).__name__}"
-
-
-def _read_job(model: str | ModelShape, options: JobOptions) -> Job:
+def _read_job(model: str | ModelShape, options: JobOptions, *, known_only: bool = True) -> Job:
     """Return the job, with where model and devices were read from as its first assumptions."""
     from brim.readers.hardware import read_cluster
 
-    shape, origin, config = _read_shape(model, refresh=bool(options.refresh))
+    shape, origin, config = _read_shape(model, refresh=bool(options.refresh), known_only=known_only)
     cluster, hardware = read_cluster(options.gpu or "auto", num_nodes=options.num_nodes or 1)
     found = f"gpu {hardware}" if options.gpu else f"gpu auto: {hardware}"
     options, counted = _count_sequences(options)
     said = (*origin, found, *counted)
+    job, filled = _build_job(shape, cluster, options, config)
+    return replace(job, assumptions=(*said, *filled, *job.assumptions), config=config)
+
+
+def _build_job(
+    shape: ModelShape, cluster: Cluster, options: JobOptions, config: Mapping[str, Any]
+) -> tuple[Job, tuple[str, ...]]:
+    """Return the job, planned on the quantised weights that a checkpoint holds, and what was filled in for them."""
     if config.get("quantization_config"):
         from brim.readers.quantization import follow_checkpoint, keep_storage, read_quantization
 
         stored = read_quantization(config, name=shape.name)
         if stored is not None:
             options, filled = follow_checkpoint(options, stored, shape.name)
-            job = keep_storage(build_job(shape, cluster, options), stored)
-            return replace(job, assumptions=(*said, *filled, *job.assumptions))
-    job = build_job(shape, cluster, options)
-    return replace(job, assumptions=(*said, *job.assumptions))
+            return keep_storage(build_job(shape, cluster, options), stored), filled
+    return build_job(shape, cluster, options), ()
 
 
 def _count_sequences(options: JobOptions) -> tuple[JobOptions, tuple[str, ...]]:
@@ -224,7 +221,9 @@ def _count_sequences(options: JobOptions) -> tuple[JobOptions, tuple[str, ...]]:
     return replace(options, dataset_size=rows), (sentence,) if sentence else ()
 
 
-def _read_shape(model: str | ModelShape, *, refresh: bool) -> tuple[ModelShape, tuple[str, ...], Mapping[str, Any]]:
+def _read_shape(
+    model: str | ModelShape, *, refresh: bool, known_only: bool
+) -> tuple[ModelShape, tuple[str, ...], Mapping[str, Any]]:
     """Return the shape, where it was read from, and the config it was read from."""
     if isinstance(model, ModelShape):
         return model, (), {}
@@ -232,14 +231,58 @@ def _read_shape(model: str | ModelShape, *, refresh: bool) -> tuple[ModelShape, 
         raise InvalidInput(f"model must be a hub id, a folder, a config.json or a size such as 7B, not {quoted(model)}")
     from brim.readers.sources import read_checkpoint
 
-    shape, origin, config = read_checkpoint(model, refresh=refresh)
+    shape, origin, config = read_checkpoint(model, refresh=refresh, known_only=known_only)
     return shape, (f"model {origin}",), config
 
 
-def _find_answerer(name: str) -> Answerer:
+def _check_answerer(name: str) -> None:
     if name not in _ANSWERERS:
         raise UnknownName(kind="answerer", name=str(name), known=_ANSWERERS)
-    return _ANSWERERS[name]()
+
+
+def _find_answerer(name: str, job: Job, *, fold: bool = True) -> Answerer:
+    _check_answerer(name)
+    if name == "rule":
+        return answer_by_rule()
+    if name == "formula":
+        return answer_by_formula()
+    try:
+        from brim.probes.answer import answer_by_trace
+    except ModuleNotFoundError as error:
+        raise MissingExtra(package=error.name or "torch", extra="trace", purpose="--by trace") from None
+    return answer_by_trace(_builder(job.workload, job.config), fold=fold)
+
+
+def _builder(workload: Workload, config: Mapping[str, Any]) -> Callable[[Strategy], BuildModel]:
+    """Return what builds transformers' model of a config in the attention a strategy asks for; an empty config is read
+    by the model's name."""
+
+    def build(strategy: Strategy) -> BuildModel:
+        from brim.probes.model import build_from_config
+        from brim.readers.sources import read_checkpoint
+
+        shape = workload.model
+        known = config or read_checkpoint(shape.name, known_only=False)[2]
+        return lambda: build_from_config(known, shape.architecture, strategy.attention_kernel)
+
+    return build
+
+
+def _write_timeline(
+    answerer: Answerer, workload: Workload, strategy: Strategy, estimate: Estimate, page: str | os.PathLike[str] | None,
+    counters: str | os.PathLike[str] | None,
+) -> None:  # fmt: skip
+    """Draw what the trace saw: as a page, as counter tracks, or both."""
+    from brim.report.counters import counters_json
+    from brim.report.timeline import timeline_page
+
+    assert answerer.timeline is not None
+    timeline = answerer.timeline(workload, strategy)
+    if page is not None:
+        title = f"{workload.model.name}, micro-batch {strategy.micro_batch_size}"
+        write_text(page, timeline_page(timeline, estimate, title))
+    if counters is not None:
+        write_text(counters, counters_json(timeline))
 
 
 def _with_default_split(options: JobOptions) -> JobOptions:

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import typer
+
 from brim.cli.options import AS_JSON, takes_job
-from brim.cli.output import print_json, print_report
+from brim.cli.output import print_json, print_remark, print_report
+
+_TIMELINE = typer.Option(None, "--timeline", metavar="FILE", help="Draw memory over the step as HTML (by trace).")
+_COUNTERS = typer.Option(None, "--trace-json", metavar="FILE", help="Write counters that Perfetto opens (by trace).")
+_FOLD = typer.Option(True, "--fold/--no-fold", help="By trace: run alike layers four deep and repeat them, or run all.")
 
 
 @takes_job
-def run_estimate(model: str, job: dict[str, Any], as_json: bool = AS_JSON) -> None:
+def run_estimate(
+    model: str,
+    job: dict[str, Any],
+    timeline: str | None = _TIMELINE,
+    trace_json: str | None = _COUNTERS,
+    fold: bool = _FOLD,
+    as_json: bool = AS_JSON,
+) -> None:
     """Cost one strategy, row by row and moment by moment.
 
     Nothing is chosen. What you do not say is as the trainer has it: micro-batch 1, no accumulation, its own
@@ -18,12 +31,15 @@ def run_estimate(model: str, job: dict[str, Any], as_json: bool = AS_JSON) -> No
     \b
     Examples:
       brim estimate 7B --method qlora --gpu 24GiB --micro-batch-size 4 --gradient-accumulation-steps 8
-      brim estimate 7B --method qlora --gpu 24GiB --micro-batch-size 4 --by rule,formula
+      brim estimate 7B --method qlora --gpu 24GiB --micro-batch-size 4 --by rule,formula,trace
+      brim estimate 7B --by trace --timeline step.html --trace-json step.json
     """
     from brim import api
 
-    by = job.pop("by", "formula").split(",")
-    estimates = api.estimate(model, by=[name.strip() for name in by], **job)
+    by = [name.strip() for name in job.pop("by", "trace" if timeline or trace_json else "formula").split(",")]
+    estimates = api.estimate(model, by=by, fold=fold, timeline=timeline, trace_json=trace_json, **job)
+    for path in filter(None, (timeline, trace_json)):
+        print_remark(f"wrote {path}")
     if as_json:
         print_json(api.describe_estimates(estimates))
         return

@@ -64,7 +64,8 @@ FLAGS = (
     Flag("attention_kernel", _FIXED, "KIND", ("attn-implementation",)),
     Flag("loss_kernel", _FIXED, "KIND"),
     Flag("optimizer_kernel", _FIXED, "KIND"),
-    Flag("by", _OUTPUT, "rule|formula"),
+    Flag("by", _OUTPUT, "rule|formula|trace"),
+    Flag("moe_imbalance", _OUTPUT, "X", (), float),
     Flag("refresh", _OUTPUT, ""),
 )  # fmt: skip
 BOOLEANS = frozenset(

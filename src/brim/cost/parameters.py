@@ -238,6 +238,8 @@ def default_targets(shape: ModelShape) -> tuple[str, ...]:
 
     Source: QLoRA (arXiv 2305.14314) section 4: adapters on all linear layers are what matches full training.
     """
+    if not shape.groups:
+        return ("all-linear",)
     groups = _main_groups(shape)
     names = (linear.name for group in groups for linear in _block_linears(group) if not linear.bare)
     experts = {name for group in groups for name in _expert_names(group)}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from brim.cost.ledger import Estimate, Source
+from brim.cost.timeline import Timeline
 from brim.planner.budget import Budget, find_budget
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
@@ -41,6 +42,13 @@ class Answerer:
     """Relative cost that ranks strategies when seconds are unknown."""
     order_text: str
     """What `order` prefers, in words."""
+    speed_source: str = "formula"
+    """Who says what `seconds` says."""
+    confirm: Callable[[Workload, Strategy, bool], bool] | None = None
+    """Looks closer at a strategy, exactly or at its kind, so that `peak` and `moment` answer better from now on; False
+    if there was nothing left to do. None for answerers whose first answer is their best."""
+    timeline: Callable[[Workload, Strategy], Timeline] | None = None
+    """Memory over the step; None for answerers that do not follow it."""
 
 
 def relative_cost(workload: Workload, strategy: Strategy) -> float:

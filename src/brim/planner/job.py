@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from brim.errors import InvalidInput
@@ -31,6 +32,8 @@ class Job:
     """Strategy fields the user fixed."""
     assumptions: tuple[str, ...]
     """Defaults that were filled in, one sentence each."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The model's `config.json`, for answerers that build the model; empty for a shape made by hand."""
 
 
 def build_job(shape: ModelShape, cluster: Cluster, options: JobOptions) -> Job:
@@ -61,7 +64,7 @@ def build_job(shape: ModelShape, cluster: Cluster, options: JobOptions) -> Job:
     )
     workload = Workload(
         model=shape, data=data, recipe=recipe.recipe, batch=batch, cluster=cluster, task=task.name,
-        num_epochs=float(options.epochs or 1),
+        num_epochs=float(options.epochs or 1), moe_imbalance=_read_imbalance(options),
     )  # fmt: skip
     fixed = _fixed(options)
     if recipe.optimizer_kernel is not None:
@@ -104,6 +107,12 @@ def _choose_seq_len(shape: ModelShape, options: JobOptions, said: list[str]) -> 
     why = "" if seq_len == DEFAULT_SEQ_LEN else f", all the positions {shape.name} has"
     said.append(f"sequences of {seq_len:,} tokens{why}")
     return seq_len
+
+
+def _read_imbalance(options: JobOptions) -> float:
+    if options.moe_imbalance is not None and options.moe_imbalance < 1:
+        raise InvalidInput(f"moe_imbalance is at least 1, an even share, not {options.moe_imbalance:g}")
+    return float(options.moe_imbalance or 1)
 
 
 def _request(options: JobOptions) -> BatchRequest:

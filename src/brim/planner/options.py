@@ -59,8 +59,8 @@ class JobOptions:
     """Key of the optimizers table or HF `optim` value."""
     dtype: Dtype | None = None
     """dtype of matrix products."""
-    by: Literal["rule", "formula"] | None = None
-    """Who answers: the rule of thumb, or the tensor-by-tensor formula."""
+    by: Literal["rule", "formula", "trace"] | None = None
+    """Who answers: the rule of thumb, the tensor-by-tensor formula, or a trace of the real step (needs torch)."""
     micro_batch_size: int | None = None
     """Fixed sequences per rank per forward."""
     gradient_accumulation_steps: int | None = None
@@ -79,6 +79,8 @@ class JobOptions:
     """Storage of the frozen base under `qlora`."""
     double_quant: bool | None = None
     """Whether the scales are quantised once more."""
+    moe_imbalance: float | None = None
+    """Tokens of the busiest expert as a multiple of an even share, for the trace."""
     refresh: bool | None = None
     """Whether the hub is asked before built-in cards and the cache."""
 
@@ -88,9 +90,9 @@ _WHOLE = {
     "effective_batch_tokens": MOST_TOKENS, "dataset_size": LARGEST_DATASET, "lora_r": LARGEST_RANK,
     "micro_batch_size": MOST_SEQUENCES, "gradient_accumulation_steps": MOST_SEQUENCES,
 }  # fmt: skip
-_REAL = {"epochs": MOST_EPOCHS, "lora_alpha": 2**20}
+_REAL = {"moe_imbalance": 2**16, "epochs": MOST_EPOCHS, "lora_alpha": 2**20}
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "method": get_args(Method), "dtype": get_args(Dtype), "by": ("rule", "formula"),
+    "method": get_args(Method), "dtype": get_args(Dtype), "by": ("rule", "formula", "trace"),
     "activation_checkpointing": get_args(Checkpointing), "attention_kernel": get_args(AttentionKernel),
     "optimizer_kernel": get_args(OptimizerKernel), "loss_kernel": get_args(LossKernel),
     "quantization": get_args(LoadFormat),

@@ -10,9 +10,12 @@ from brim.planner.reasons import list_reasons
 from brim.planner.record import Plan
 from brim.planner.relax import refuse_unfit
 from brim.planner.schedule import build_schedule
-from brim.planner.search import search
+from brim.planner.search import Found, search
 from brim.planner.warnings import list_warnings
 from brim.spec.workload import Workload
+
+NEAR_FRACTION = 0.05
+"""What is over budget by less than this share is looked at closely before it is refused: the formula's own error."""
 
 
 def plan_workload(
@@ -38,6 +41,8 @@ def plan_workload(
     """
     budget = answerer.budget(workload)
     found = search(workload, fixed, answerer, budget.budget_bytes)
+    while _confirm(workload, found, answerer):
+        found = search(workload, fixed, answerer, budget.budget_bytes)
     if found.best is None:
         refuse_unfit(workload, fixed, answerer, found)
     strategy = found.best.strategy
@@ -55,3 +60,17 @@ def plan_workload(
         assumptions=assumptions, warnings=(*warnings, *awkward), schedule=schedule,
         rejected=rejected, num_candidates=found.num_costed, brim_version=brim_version,
     )  # fmt: skip
+
+
+def _confirm(workload: Workload, found: Found, answerer: Answerer) -> bool:
+    """Have what matters looked at closely: the choice, what would be faster and is over by little, the smallest.
+
+    Returns whether an answer may have changed, so that the search must be made again.
+    """
+    if answerer.confirm is None:
+        return False
+    best = found.best
+    least = found.budget_bytes * (1 + NEAR_FRACTION)
+    near = [one for one in found.over if one.peak_bytes <= least and (best is None or one.cost < best.cost)]
+    news = [answerer.confirm(workload, one.strategy, False) for one in near]
+    return answerer.confirm(workload, (best or found.smallest).strategy, True) or any(news)

@@ -147,7 +147,7 @@ def _refuse_lora_of_full(options: JobOptions) -> None:
 
 
 def _known_targets(shape: ModelShape, names: tuple[str, ...]) -> tuple[str, ...]:
-    for name in names:
+    for name in names if shape.groups else ():
         if not target_linears(shape, (name,), False) and not target_linears(shape, (name,), True):
             known = {linear.name for linear, _ in target_linears(shape, ("all-linear",), False)}
             raise UnknownName(kind=f"LoRA target of {shape.name}", name=name, known=known)

@@ -138,6 +138,8 @@ def checkpointing_words(workload: Workload, strategy: Strategy) -> str | None:
 
 def is_causal(model: ModelShape) -> bool:
     """Whether a model predicts the next token from those before: no encoder, and a head over the vocabulary."""
+    if not model.groups:  # an architecture without tables is known by its class alone
+        return model.architecture.endswith(("ForCausalLM", "LMHeadModel"))
     text = [group for group in model.groups if group.stack not in ("vision", "audio")]
     return bool(text and model.head and model.vocab_size) and all(group.attention.causal for group in text)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,9 +46,22 @@ def read_estimate(workload: Workload, strategy: Strategy, traced: Traced) -> Est
     return Estimate(
         source="trace", moments=moments, peak_allocated_bytes=peak.total_bytes, peak_reserved_bytes=reserved,
         device_bytes=reserved + context_bytes(workload.cluster.device) + traced.outside_bytes, peak_moment=peak.name,
-        margin_bytes=margin_bytes("trace", peak.total_bytes), notes=traced.notes,
+        margin_bytes=margin_bytes("trace", peak.total_bytes),
+        notes=(*_list_assumptions(workload, strategy), *traced.notes),
         tensors=list_tensors(traced.events, traced.storages),
     )  # fmt: skip
+
+
+def _list_assumptions(workload: Workload, strategy: Strategy) -> Iterator[str]:
+    """Yield what every trace of this workload takes as given, one sentence each."""
+    yield f"sized for micro-batches whose every sequence has {workload.data.seq_len:,} tokens"
+    yield "two matrix library workspaces and the process's context come from tables, not from the trace"
+    if strategy.gradient_accumulation_steps > 2:
+        yield f"micro-batches 3 to {strategy.gradient_accumulation_steps} repeat the second"
+    if strategy.attention_kernel == "flash":
+        yield "flash attention is PyTorch's own kernel, which keeps what the flash-attn package keeps"
+    if workload.recipe.engine.evaluates:
+        yield "evaluation runs with the training micro-batch"
 
 
 def replay(events: Iterable[Event], *, expandable: bool = False) -> int:

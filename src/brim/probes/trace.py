@@ -8,6 +8,10 @@ Leaves out: cuDNN attention, collectives, what user callbacks allocate.
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from brim.cost.ledger import Estimate
@@ -52,39 +56,52 @@ def trace_step(
 ) -> Traced:  # fmt: skip
     """Return the stream of the whole model's steps; arguments and errors as those of `trace`."""
     try:
-        from brim.probes.fold import unfold
-    except ImportError:
-        raise MissingExtra(package="torch", extra="trace", purpose="--by trace") from None
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingExtra(package=error.name or "torch", extra="trace", purpose="--by trace") from None
     refuse_untraced(workload, strategy)
+    with _quiet():
+        return _trace_quietly(workload, strategy, build_model, make_inputs, fold)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep libraries from warning about a model that is never used."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _trace_quietly(
+    workload: Workload, strategy: Strategy, build_model: BuildModel, make_inputs: MakeInputs | None, fold: bool
+) -> Traced:
+    from brim.probes.fold import unfold
+
     if fold:
         tracker, pattern = follow_step(workload, strategy, build_model, make_inputs, fold=True)
         stream = unfold(tracker.events, tracker.storages, pattern) if pattern else (tracker.events, tracker.storages)
         if stream is not None:
             folded = [f"{pattern.kept} of {pattern.num_layers} layers were run, alike ones repeated"] if pattern else []
-            return Traced(*stream, (*list_notes(workload, strategy, tracker), *folded))
+            return Traced(*stream, (*list_notes(tracker), *folded))
     tracker, _ = follow_step(workload, strategy, build_model, make_inputs)
-    return Traced(tracker.events, tracker.storages, list_notes(workload, strategy, tracker))
+    return Traced(tracker.events, tracker.storages, list_notes(tracker))
 
 
 def refuse_untraced(workload: Workload, strategy: Strategy) -> None:
     """Raise ProbeFailed for what the trace does not run yet; nothing is ever left out in silence."""
     recipe, engine = workload.recipe, workload.recipe.engine
     untraced = {
-        f"method {recipe.method}": recipe.quantization is not None,
-        "DoRA": recipe.lora is not None and recipe.lora.use_dora,
         f"optimizer {recipe.optimizer}": recipe.optimizer not in ("adamw", "adam", "adamw_torch", "adamw_torch_fused"),
         "an fp32 master copy of the weights": recipe.master_weights,
         f"gradients in {recipe.gradient_dtype}": recipe.gradient_dtype is not None,
-        f"loss kernel {strategy.loss_kernel}": strategy.loss_kernel != "dense",
-        "checkpointing selective": strategy.activation_checkpointing == "selective",
-        f"layer kernels {strategy.layer_kernels}": strategy.layer_kernels != "none",
-        "activation offload": strategy.activation_offload,
         "torch.compile": strategy.compile,
         f"offload of {strategy.offload}": strategy.offload != "none",
         "more than one device": strategy.mesh.num_devices > 1 or strategy.zero_stage > 0,
-        "padding-free micro-batches": strategy.padding_free,
-        "packed sequences laid out as one": engine.flattens_packed and workload.data.packing,
-        "a loop that drops or copies logits": engine.frees_narrow_logits or engine.copies_shifted_logits,
         "separate experts": not engine.fused_experts and any(hasattr(g.mlp, "router") for g in workload.model.groups),
     }
     for what, found in untraced.items():
@@ -108,31 +125,41 @@ def follow_step(
         FakeTensorMode,
     )
 
+    from brim.probes.custom_kernels import kernel_packages
+    from brim.probes.experts import balance_experts
     from brim.probes.fold import fold_layers
     from brim.probes.inputs import plan_inputs
     from brim.probes.kernels import card_kernels, list_workspaces
     from brim.probes.model import find_layers, give_tensors, prepare_model
+    from brim.probes.preferences import card_head, follow_reference, prepare_reference
     from brim.probes.step import plan_step, run_steps
     from brim.probes.tracker import StorageTracker
+    from brim.probes.values import KnownValues
 
     patterns: list[Pattern | None] = [None]
     shorten = (lambda built: patterns.append(fold_layers(built))) if fold else None
     model = prepare_model(build_model, workload.recipe, strategy, shorten=shorten)
+    reference = prepare_reference(build_model, workload.recipe, strategy, shorten=shorten)
     tracker = StorageTracker(list_workspaces, scalar=1.0, kind=FakeTensor)
+    known = KnownValues(balance_experts(model, workload.moe_imbalance))
+    tracker.read_scalar = known.read_scalar
     device = workload.cluster.device
     try:
-        with FakeTensorMode(), card_kernels(device, strategy.attention_kernel):
+        with FakeTensorMode(), known, card_kernels(device, strategy.attention_kernel), kernel_packages(model) as said:
+            tracker.notes += said
             give_tensors(model)
             tracker.begin(MODEL_PHASE)
             tracker.follow(model.named_parameters(), "parameter")
             tracker.follow(model.named_buffers(), "buffer")
             for index, layer in enumerate(find_layers(model) or ()):
                 tracker.tag((*layer.parameters(), *layer.buffers()), index)
+            follow_reference(reference, tracker)
             for _ in range(2):  # one handle of the matrix library for the forward thread, one for autograd's
                 tracker.reserve(workspace_bytes(device) // 2, "matrix library workspace")
-            step = plan_step(workload, strategy, model, make_inputs or plan_inputs(workload, strategy, model), tracker)
-            with tracker:
+            step = plan_step(workload, strategy, model, make_inputs or plan_inputs(workload, strategy, model), tracker, reference)
+            with card_head(workload.recipe), tracker:
                 run_steps(step)
+            tracker.notes += known.describe()
     except BrimError:
         raise
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -156,22 +183,12 @@ def _where(error: Exception) -> str:
     return text + origin
 
 
-def list_notes(workload: Workload, strategy: Strategy, tracker: StorageTracker) -> tuple[str, ...]:
-    """Return what the trace assumed, one sentence each."""
+def list_notes(tracker: StorageTracker) -> tuple[str, ...]:
+    """Return what the traced code assumed, one sentence each."""
     import torch
 
-    notes = [
-        f"the model's own code on tensors without data, torch {torch.__version__.partition('+')[0]}",
-        f"sized for micro-batches whose every sequence has {workload.data.seq_len:,} tokens",
-        "two matrix library workspaces and the process's context come from tables, not from the trace",
-    ]
-    if strategy.gradient_accumulation_steps > 2:
-        notes.append(f"micro-batches 3 to {strategy.gradient_accumulation_steps} repeat the second")
-    if strategy.attention_kernel == "flash":
-        notes.append("flash attention is PyTorch's own kernel, which keeps what the flash-attn package keeps")
+    notes = [f"the model's own code on tensors without data, torch {torch.__version__.partition('+')[0]}"]
     if tracker.scalars_asked:
         places = len(tracker.scalars_asked)
         notes.append(f"the number 1 stands in where code reads one from the device ({places} places)")
-    if workload.recipe.engine.evaluates:
-        notes.append("evaluation runs with the training micro-batch")
     return tuple(notes)

@@ -90,6 +90,7 @@ class StorageTracker(TorchDispatchMode):
         self.modules: list[str] = []
         self.layer = -1
         self.scalars_asked: set[str] = set()
+        self.notes: list[str] = []
         self.read_scalar: Callable[[torch.Tensor], Any] | None = None
         self._workspaces, self._scalar, self._kind, self._block_bytes = workspaces, scalar, kind, block_bytes
         self._keys: dict[int, int] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from brim.errors import InvalidFile, UnknownName, quoted
@@ -11,6 +11,7 @@ from brim.readers.bare_size import find_size
 from brim.readers.hf_config import read_config
 from brim.readers.hub import download_config, find_cached_config, is_hub_name
 from brim.readers.json_file import read_json_object
+from brim.readers.untabled import read_any_config
 from brim.spec.model import ModelShape
 from brim.tables.read import Card, find_card, list_cards
 
@@ -33,27 +34,34 @@ def read_model(name: str, *, refresh: bool = False) -> tuple[ModelShape, str]:
     return shape, sentence
 
 
-def read_checkpoint(name: str, *, refresh: bool = False) -> tuple[ModelShape, str, Mapping[str, Any]]:
+def read_checkpoint(
+    name: str, *, refresh: bool = False, known_only: bool = True
+) -> tuple[ModelShape, str, Mapping[str, Any]]:
     """Return what `read_model` does, and the config; that of a built-in model says nothing about storage.
+
+    Args:
+        name, refresh: as for `read_model`.
+        known_only: refuse architectures that the formula does not know; else their shape has no layers.
 
     Raises:
         as `read_model`.
     """
     size = find_size(name) if not os.path.lexists(name) else None
     card = find_card(size or name)
+    read = read_config if known_only else read_any_config
     path = _local_path(name, card)
     if path is not None:
         config = read_json_object(path)
-        return read_config(config, name=name), f"model read from {quoted(path)[1:-1]}", config
+        return read(config, name=name), f"model read from {quoted(path)[1:-1]}", config
     if refresh:
-        return _from_hub(card.id if card else name, card)
+        return _from_hub(card.id if card else name, card, read)
     if card is not None:
         return read_config(card.config, name=card.id), _card_sentence(name, card), card.config
     cached = find_cached_config(name)
     if cached is not None:
         config = read_json_object(cached)
-        return read_config(config, name=name), f"{name}, read from the local Hugging Face cache", config
-    return _from_hub(name, None)
+        return read(config, name=name), f"{name}, read from the local Hugging Face cache", config
+    return _from_hub(name, None, read)
 
 
 def _local_path(name: str, card: Card | None) -> str | None:
@@ -82,7 +90,9 @@ def _card_sentence(name: str, card: Card) -> str:
     return f"{quoted(name.strip())[1:-1]} stands for {card.id}, a built-in card"
 
 
-def _from_hub(name: str, card: Card | None) -> tuple[ModelShape, str, Mapping[str, Any]]:
+def _from_hub(
+    name: str, card: Card | None, read: Callable[..., ModelShape]
+) -> tuple[ModelShape, str, Mapping[str, Any]]:
     # Repositories without an owner are old and all have one by now; a bare word is far more often a typing error.
     if not is_hub_name(name) or "/" not in name:
         hint = "give a hub id (owner/name), a folder, or a config.json; `brim models` lists the built-in cards"
@@ -90,7 +100,7 @@ def _from_hub(name: str, card: Card | None) -> tuple[ModelShape, str, Mapping[st
     config = read_json_object(download_config(name, _known_names()))
     if card is not None:  # planned as trained: the hub may hold it in a format for inference
         config = {key: value for key, value in config.items() if key != "quantization_config"}
-    return read_config(config, name=name), f"{name}, read from the Hugging Face hub", config
+    return read(config, name=name), f"{name}, read from the Hugging Face hub", config
 
 
 def _known_names() -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group
 from rich.text import Text
 
-from brim.cost.ledger import Estimate
+from brim.cost.ledger import Estimate, HeldTensor
 from brim.report.memory import LEDGER_ROWS, find_peak, make_table
 from brim.report.numbers import format_difference, format_gib, format_rounded, format_seconds
 from brim.report.plan import describe_margin, format_list, format_section
@@ -38,6 +38,8 @@ def format_estimates(estimates: Sequence[Estimate], *, title: str = "", capacity
         parts += format_section("At the peak (GiB)", _compare_rows(known))
     for estimate in (row for row in known if len(row.moments) > 1):
         parts += format_section(f"Moment by moment (GiB), {estimate.source}", _format_moments(estimate))
+    for estimate in (row for row in estimates if row.tensors):
+        parts += format_section(f"Largest at the peak (GiB), {estimate.source}", _format_tensors(estimate.tensors))
     parts += format_section("How wrong", format_list(describe_margin(estimate) for estimate in estimates))
     notes = format_list(f"{row.source}: {'; '.join(row.notes)}" for row in estimates if row.notes)
     return Group(*parts, *format_section("Assumed", notes))
@@ -74,6 +76,17 @@ def _compare_rows(estimates: Sequence[Estimate]) -> Table:
     for row in (row for row in LEDGER_ROWS if any(getattr(ledger, row) for ledger in ledgers)):
         table.add_row(row.replace("_", " "), *(format_gib(getattr(ledger, row)) for ledger in ledgers))
     table.add_row("total", *(format_gib(ledger.total_bytes) for ledger in ledgers), style="bold")
+    return table
+
+
+def _format_tensors(tensors: Sequence[HeldTensor]) -> Table:
+    heads = ("GiB", "how many")
+    table = make_table(*heads, "shape", "dtype", "row", "what, and the line that made it", right=heads)
+    for one in tensors:
+        origin = f"{one.module or one.op}" + (f" ({one.line})" if one.line else "")
+        shape = "x".join(map(str, one.shape))
+        row = _SHORT_ROWS.get(one.row, one.row)
+        table.add_row(format_gib(one.bytes), str(one.count), shape, one.dtype, row, origin)
     return table
 
 

@@ -1,0 +1,144 @@
+"""The trace as an answerer: the formula proposes, the trace confirms the few strategies that matter.
+
+A search asks for the peak of hundreds of strategies; a trace takes a second or two. So the formula answers until a
+strategy is about to be chosen, or was refused by little; then its kind is traced, and solved for every micro-batch.
+Where the formula does not know the architecture, every kind that is asked for is traced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from brim.cost.ledger import Estimate, Moment
+from brim.cost.steptime import seconds, step_time
+from brim.cost.timeline import Timeline
+from brim.planner.answerer import ORDER_TEXT, Answerer, answer_by_formula, relative_cost
+from brim.planner.budget import Budget
+from brim.planner.candidates import knobs_of
+from brim.probes.inputs import MakeInputs
+from brim.probes.model import BuildModel
+from brim.probes.solve import SOLVED_AT, Solved, solve
+from brim.probes.stream import Traced, list_moments, read_estimate
+from brim.probes.timeline import read_timeline
+from brim.probes.trace import trace_step
+from brim.spec.strategy import Strategy
+from brim.spec.workload import Workload
+
+_Question = tuple[Workload, Strategy]
+
+
+@dataclass(slots=True)
+class _Probe:
+    """What was traced so far."""
+
+    build: Callable[[Strategy], BuildModel]
+    make_inputs: MakeInputs | None
+    fold: bool
+    traces: dict[_Question, Traced] = field(default_factory=dict)
+    solved: dict[_Question, Solved | None] = field(default_factory=dict)
+    peaks: dict[tuple[_Question, bool], Moment] = field(default_factory=dict)
+
+    def follow(self, workload: Workload, strategy: Strategy) -> Traced:
+        """Return the stream of a strategy, traced once: micro-batches after the second repeat it."""
+        key = workload, replace(strategy, gradient_accumulation_steps=min(2, strategy.gradient_accumulation_steps))
+        if key not in self.traces:
+            self.traces[key] = trace_step(*key, self.build(strategy), self.make_inputs, fold=self.fold)
+        return self.traces[key]
+
+    def confirm(self, workload: Workload, strategy: Strategy, exactly: bool) -> bool:
+        """Solve a strategy's kind for every micro-batch, then, exactly, trace the strategy itself; return whether there
+        was anything left to do."""
+        kind = workload, _kind(strategy)
+        if _is_solvable(strategy) and kind not in self.solved:
+            small, large = (self.follow(workload, replace(kind[1], micro_batch_size=size)) for size in SOLVED_AT)
+            self.solved[kind] = solve(small, large)
+            return True
+        if self.peak(workload, strategy) is not None and not exactly:
+            return False
+        before = len(self.traces)
+        self.follow(workload, strategy)
+        return len(self.traces) > before
+
+    def peak(self, workload: Workload, strategy: Strategy) -> Moment | None:
+        """Return the moment of a strategy's peak: traced, or solved; None if neither is done."""
+        key = workload, replace(strategy, gradient_accumulation_steps=min(2, strategy.gradient_accumulation_steps))
+        found, known = self.traces.get(key), self.solved.get((workload, _kind(strategy)))
+        if found is None and (known is None or not _is_solvable(strategy)):
+            return None
+        if (key, found is None) not in self.peaks:
+            traced = found or known.trace_at(strategy.micro_batch_size)  # type: ignore[union-attr]
+            moments = list_moments(traced.events, traced.storages)
+            self.peaks[key, found is None] = max(moments, key=lambda one: one.total_bytes)
+        return self.peaks[key, found is None]
+
+
+def _kind(strategy: Strategy) -> Strategy:
+    """All knobs but the split."""
+    return replace(knobs_of(strategy), gradient_accumulation_steps=2)
+
+
+def _is_solvable(strategy: Strategy) -> bool:
+    """Whether its stream follows from those of two and three sequences a micro-batch, accumulated."""
+    return strategy.gradient_accumulation_steps > 1 and strategy.micro_batch_size >= min(SOLVED_AT)
+
+
+def answer_by_trace(
+    build: Callable[[Strategy], BuildModel], make_inputs: MakeInputs | None = None, *, fold: bool = True
+) -> Answerer:
+    """Return the trace as an answerer.
+
+    Args:
+        build: returns what builds the model, given the strategy (its attention kernel).
+        make_inputs: returns one micro-batch; by the model's signature if None.
+        fold: whether alike layers are run four deep and repeated.
+    """
+    formula, probe = answer_by_formula(), _Probe(build, make_inputs, fold)
+
+    def peak(workload: Workload, strategy: Strategy) -> int:
+        found = _ask(probe, workload, strategy)
+        return formula.peak(workload, strategy) if found is None else found.total_bytes
+
+    def moment(workload: Workload, strategy: Strategy) -> str:
+        found = _ask(probe, workload, strategy)
+        return formula.moment(workload, strategy) if found is None else found.name
+
+    def estimate(workload: Workload, strategy: Strategy) -> Estimate:
+        found = read_estimate(workload, strategy, probe.follow(workload, strategy))
+        if not workload.model.groups:
+            return found
+        return replace(found, step_time=step_time(workload, strategy), notes=(*found.notes, "step time by formula"))
+
+    def timeline(workload: Workload, strategy: Strategy) -> Timeline:
+        traced, device = probe.follow(workload, strategy), workload.cluster.device
+        return read_timeline(
+            traced.events, traced.storages, expandable=strategy.allocator == "expandable_segments",
+            capacity_bytes=device.plannable_bytes, budget_bytes=budget(workload).budget_bytes,
+        )  # fmt: skip
+
+    def budget(workload: Workload) -> Budget:
+        return _find_budget(workload)
+
+    return Answerer(
+        source="trace", estimate=estimate, peak=peak, moment=moment, budget=budget, timeline=timeline,
+        seconds=lambda workload, strategy: seconds(workload, strategy) if workload.model.groups else None,
+        order=relative_cost, order_text=ORDER_TEXT, confirm=probe.confirm,
+    )  # fmt: skip
+
+
+def _ask(probe: _Probe, workload: Workload, strategy: Strategy) -> Moment | None:
+    """Return the peak as far as known; where the formula has no answer, it is traced now."""
+    found = probe.peak(workload, strategy)
+    if found is None and not workload.model.groups:
+        probe.confirm(workload, strategy, exactly=False)
+        return probe.peak(workload, strategy) or _ask(probe, workload, strategy)
+    return found
+
+
+def _find_budget(workload: Workload) -> Budget:
+    from brim.cost.calibration import margin_fraction
+    from brim.cost.overhead import context_bytes
+    from brim.planner.budget import find_budget
+
+    device = workload.cluster.device
+    return find_budget(device, outside_bytes=context_bytes(device), margin_fraction=margin_fraction("trace"))
