@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import torch
-from real_steps import DEPTH, Case, measure_phases, trace_phases
+from real_steps import BATCH, DEPTH, LENGTH, Case, measure_phases, trace_phases
 
 from brim.spec.recipe import Engine
 
@@ -52,5 +52,7 @@ def test_bytes_at_every_phase_are_those_of_a_real_step(name: str) -> None:
     on_host = DEPTH * torch.get_rng_state().nbytes if checkpointed else 0
     for phase, num_bytes in real.items():
         slack = on_host if phase not in ("before", "optimizer step", "evaluation") else 0
+        if phase == "before":  # where labels are counted: the CPU's sum of a mask is made of an int64 copy of it
+            slack = 8 * BATCH * LENGTH
         assert num_bytes - slack - 500 <= traced[phase] * 1.001, (phase, num_bytes, traced[phase])
         assert traced[phase] <= num_bytes * 1.001, (phase, num_bytes, traced[phase])

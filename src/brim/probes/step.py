@@ -7,27 +7,29 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from brim.errors import MissingExtra
+from brim.probes.checkpointing import offloads_saved_tensors
 from brim.probes.dtypes import torch_dtype
 from brim.probes.inputs import MakeInputs
 from brim.probes.kernels import CudaAutocast
-from brim.probes.model import find_layers
-from brim.probes.optimizers import make_optimizer
+from brim.probes.loops import Loop, LossScaler, find_loop, make_scaler, takes_label_count
+from brim.probes.offload import SavedTensors, spare_head
+from brim.probes.optimizers import host_states, make_optimizer, paged_states, start_states
+from brim.probes.preferences import pair_inputs, plan_preferences
+from brim.probes.rows import flatten, row_masks, shares_rows
 from brim.probes.tracker import StorageTracker
+from brim.probes.watch import EVALUATION, FIRST_STEP, FORWARD, LOSS_BACKWARD, OPTIMIZER_STEP, watch
 from brim.spec.recipe import Recipe
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
 
-FIRST_STEP = "first step"
-FORWARD, LOSS = "forward of layers", "loss"
-LOSS_BACKWARD, BACKWARD = "loss backward", "backward of layers"
-OPTIMIZER_STEP, EVALUATION = "optimizer step", "evaluation"
+Inputs = Mapping[str, Any]
 
-_OWN_LOOPS = ("accelerate", "plain")
 _CLIPPING_NORM = 1.0
 _MOST_MICRO_BATCHES = 2
 
@@ -39,19 +41,35 @@ class Step:
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     make_inputs: MakeInputs
-    recipe: Recipe
+    workload: Workload
     strategy: Strategy
     tracker: StorageTracker
-    batches_ahead: int = 1
-    """Micro-batches on the device while one runs, itself included."""
-    clips: bool = False
-    """Whether gradients are clipped to a norm."""
+    loop: Loop
+    reference: torch.nn.Module | None = None
+    """A second model whose answers are compared with."""
+    score_pairs: Callable[[Inputs], torch.Tensor] | None = None
+    """Loss of a micro-batch of pairs; None where the model computes its own loss."""
+    scaler: LossScaler | None = None
+    """What scales the loss of fp16 runs."""
+    saves: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    """Context of forward and backward, which may move what is saved to the host."""
+    counts_labels: bool = False
+    """Whether the model is given the number of labels of the batch."""
+    batches: list[Inputs] = field(default_factory=list)
+    """Micro-batches on the device."""
+    kept_loss: torch.Tensor | None = None
+    """Loss of the last micro-batch, where the loop keeps it."""
     first: bool = True
     """Whether optimizer states are still to be made."""
     part: str = ""
     """Phase of the step, by its own name in the first step too."""
     ends_layers: int = 0
     """How many layers have run, when the last one has and nothing after it yet; else 0."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The workload's recipe."""
+        return self.workload.recipe
 
     @property
     def num_micro_batches(self) -> int:
@@ -65,87 +83,175 @@ class Step:
 
 
 def plan_step(
-    workload: Workload, strategy: Strategy, model: torch.nn.Module, make_inputs: MakeInputs, tracker: StorageTracker
-) -> Step:
+    workload: Workload, strategy: Strategy, model: torch.nn.Module, make_inputs: MakeInputs, tracker: StorageTracker,
+    reference: torch.nn.Module | None = None,
+) -> Step:  # fmt: skip
     """Return the step of a workload on a model.
 
-    Source: transformers trainer.py training_step; accelerate data_loader.py DataLoaderShard moves a batch ahead;
-    `max_grad_norm` of TrainingArguments is 1.0.
+    Args:
+        workload: what is trained on what.
+        strategy: how it is run.
+        model: the model with its tensors.
+        make_inputs: returns one micro-batch of sequences.
+        tracker: what follows the storages.
+        reference: the second model of a preference recipe.
     """
-    name = workload.recipe.engine.name
-    return Step(
-        model=model, optimizer=make_optimizer(model, workload.recipe, strategy), make_inputs=make_inputs,
-        recipe=workload.recipe, strategy=strategy, tracker=tracker,
-        batches_ahead=1 if _loops_alone(name) else 2, clips=not _loops_alone(name) and not name.startswith(_OWN_LOOPS),
+    recipe, loop = workload.recipe, find_loop(workload.recipe)
+    step = Step(
+        model=model, optimizer=make_optimizer(model, recipe, strategy),
+        make_inputs=flatten(pair_inputs(make_inputs, recipe), workload, strategy, model), workload=workload,
+        strategy=strategy, tracker=tracker, loop=loop, reference=reference, scaler=make_scaler(recipe),
+        counts_labels=loop.counts_labels and takes_label_count(model), first=not recipe.engine.resumes,
     )  # fmt: skip
+    if recipe.preference is not None:
+        step.score_pairs = plan_preferences(model, reference, recipe, strategy, lambda forward: _wrap(step, forward))
+    if strategy.activation_offload and offloads_saved_tensors(recipe.engine):
+        spare_head(model)
+        step.saves = SavedTensors(model)
+    return step
 
 
-def _loops_alone(engine: str) -> bool:
-    return engine.startswith("plain")
+def note_step(workload: Workload, strategy: Strategy) -> list[str]:
+    """Return what was assumed of the loop, one sentence each."""
+    notes, recipe = [], workload.recipe
+    if recipe.preference is not None:
+        notes.append("every pair is two answers of the sequence length, all of whose tokens are scored")
+    if recipe.engine.name.lower().startswith("unsloth"):
+        notes.append("Unsloth's loop is taken for the HF Trainer's, which it inherits")
+        if strategy.activation_offload:
+            notes.append("layer inputs come back into two buffers, as Unsloth does where 512 MiB are free")
+    if shares_rows(workload, strategy):
+        notes.append("sequences of a micro-batch share one row")
+    if recipe.engine.resumes:
+        notes.append("the run goes on from a checkpoint: optimizer states are there before the first step")
+    return notes
 
 
 def run_steps(step: Step) -> None:
     """Run two optimizer steps, and an evaluation if the loop evaluates."""
-    upcoming = [_load(step) for _ in range(step.batches_ahead)]
-    with _watched(step):
+    start_states(step.optimizer, resumes=step.recipe.engine.resumes)
+    _label_states(step)
+    autocast = CudaAutocast() if step.recipe.autocast else contextlib.nullcontext()
+    with watch(step), row_masks(step.workload, step.strategy), autocast:
         for _ in range(2):
-            for _ in range(step.num_micro_batches):
-                _micro_batch(step, upcoming[0])
-                upcoming.append(_load(step))
-                del upcoming[0]
+            _accumulate(step)
             _update(step)
             step.first = False
         if step.recipe.engine.evaluates:
-            _evaluate(step, upcoming[0])
+            _evaluate(step)
 
 
-def _load(step: Step) -> Mapping[str, torch.Tensor]:
+def _accumulate(step: Step) -> None:
+    """Run the micro-batches of an optimizer step. New ones are loaded while the loop still holds those before."""
+    together = step.strategy.gradient_accumulation_steps if step.loop.holds_batches else 1
+    count = None
+    for index in range(step.num_micro_batches):
+        if index == 0 or not step.loop.holds_batches:
+            step.batches[:] = [_load(step) for _ in range(together)]
+            count = _count_labels(step)
+        _micro_batch(step, step.batches[min(index, together - 1)], count)
+
+
+def _load(step: Step) -> Inputs:
     inputs = step.make_inputs()
-    step.tracker.label(inputs.values(), "input")
+    step.tracker.label([one for one in inputs.values() if isinstance(one, torch.Tensor)], "input")
     return inputs
 
 
-def _micro_batch(step: Step, inputs: Mapping[str, torch.Tensor]) -> None:
+def _count_labels(step: Step) -> torch.Tensor | None:
+    """Source: transformers trainer.py _get_num_items_in_batch."""
+    if not step.counts_labels or not all("labels" in inputs for inputs in step.batches):
+        return None
+    return sum(inputs["labels"][..., 1:].ne(-100).sum() for inputs in step.batches)  # type: ignore[return-value]
+
+
+def _micro_batch(step: Step, inputs: Inputs, count: torch.Tensor | None) -> None:
     """Forward and backward of one micro-batch."""
-    engine, tracker = step.recipe.engine, step.tracker
-    started = tracker.next_key
+    started = step.tracker.next_key
     step.begin(FORWARD)
-    with _autocast(step.recipe):
-        outputs = step.model(**inputs)
-        loss = outputs.loss
-        if step.num_micro_batches > 1:
+    with step.saves():
+        loss, held = _compute_loss(step, inputs, count)
+        if not step.recipe.engine.logits_alive_in_backward:
+            del held
+        if count is None and step.num_micro_batches > 1:
             loss = loss / step.strategy.gradient_accumulation_steps
-    if not engine.logits_alive_in_backward:
-        del outputs
-    tracker.label_live(started, "activation")
-    step.begin(LOSS_BACKWARD)
-    torch.autograd.backward(loss)  # not loss.backward(): that would switch function modes off inside
-    tracker.label(_gradients(step), "gradient")
+        step.tracker.label_live(started, "activation")
+        step.begin(LOSS_BACKWARD)
+        # Not loss.backward(): that would switch function modes off inside.
+        torch.autograd.backward(loss if step.scaler is None else step.scaler.scale(loss))
+    step.kept_loss = loss.detach() if step.loop.keeps_loss else None
+    step.tracker.label(_gradients(step), "gradient")
+
+
+def _compute_loss(step: Step, inputs: Inputs, count: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
+    """Return the loss of a micro-batch and the output of the model, if there is one."""
+    if step.score_pairs is not None:
+        return step.score_pairs(inputs), None
+    if count is not None:
+        inputs = {**inputs, "num_items_in_batch": count}
+    outputs = _wrap(step, step.model)(**inputs)
+    return outputs["loss"] if isinstance(outputs, Mapping) else outputs[0], outputs
+
+
+def _wrap(step: Step, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward under the recipe's autocast, its output cast as the loop does."""
+    if not step.recipe.autocast:
+        return forward
+    dtype = torch_dtype(step.recipe.compute_dtype)
+    cast = _fp32_outputs() if step.loop.casts_outputs else lambda outputs: outputs
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", dtype):
+            outputs = forward(*args, **kwargs)
+        return cast(outputs)
+
+    return run
+
+
+def _fp32_outputs() -> Callable[[Any], Any]:
+    """Source: accelerate utils/operations.py convert_outputs_to_fp32."""
+    try:
+        from accelerate.utils.operations import convert_to_fp32
+    except ImportError:
+        raise MissingExtra(package="accelerate", extra="trace", purpose="--by trace") from None
+    return convert_to_fp32
 
 
 def _update(step: Step) -> None:
     step.begin(OPTIMIZER_STEP)
-    if step.clips:
+    if step.loop.clips:
+        if step.scaler is not None:
+            step.scaler.unscale_(step.optimizer)
         trained = [parameter for group in step.optimizer.param_groups for parameter in group["params"]]
         torch.nn.utils.clip_grad_norm_(trained, _CLIPPING_NORM, foreach=True)
-    step.optimizer.step()
-    on_host = []
+    if step.scaler is None:
+        step.optimizer.step()
+    else:
+        step.scaler.step(step.optimizer)
+        step.scaler.update()
+    _label_states(step)
+    step.optimizer.zero_grad(set_to_none=step.recipe.engine.set_to_none)
+
+
+def _label_states(step: Step) -> None:
     for parameter, state in step.optimizer.state.items():
         tensors = [one for one in state.values() if isinstance(one, torch.Tensor)]
         step.tracker.label(tensors, "optimizer_state")
         step.tracker.tag(tensors, step.tracker.layer_of(parameter))
-        if step.first and not step.optimizer.defaults["fused"]:
-            on_host.append(state["step"])
-    step.tracker.move_to_host(on_host)
-    step.optimizer.zero_grad(set_to_none=step.recipe.engine.set_to_none)
+    step.tracker.label(paged_states(step.optimizer), "paged")
+    step.tracker.move_to_host(host_states(step.optimizer))
 
 
-def _evaluate(step: Step, inputs: Mapping[str, torch.Tensor]) -> None:
+def _evaluate(step: Step) -> None:
+    """One step of evaluation with the training micro-batch, while the loop holds its last ones.
+
+    Source: transformers trainer.py prediction_step: with no metrics asked for only the loss outlives the forward pass.
+    """
     step.begin(EVALUATION)
     step.model.eval()
-    with torch.no_grad(), _autocast(step.recipe):
-        outputs = step.model(**inputs)
-    del outputs
+    inputs = _load(step)
+    with torch.no_grad():
+        _compute_loss(step, inputs, None)
     step.model.train()
 
 
@@ -154,89 +260,3 @@ def _gradients(step: Step) -> Iterator[torch.Tensor]:
         for parameter in group["params"]:
             if parameter.grad is not None:
                 yield parameter.grad
-
-
-@contextlib.contextmanager
-def _autocast(recipe: Recipe) -> Iterator[None]:
-    if not recipe.autocast:
-        yield
-        return
-    with torch.autocast("cpu", torch_dtype(recipe.compute_dtype)):
-        yield
-
-
-@contextlib.contextmanager
-def _watched(step: Step) -> Iterator[None]:
-    """Tell the tracker which module runs, and where layers end and the loss begins, in both directions."""
-    handles = []
-    for name, module in step.model.named_modules():
-        handles.append(module.register_forward_pre_hook(_entering(step, name)))
-        handles.append(module.register_forward_hook(_leaving(step.tracker, name)))
-    layers = find_layers(step.model)
-    for index, layer in enumerate(layers or ()):
-        handles.append(layer.register_forward_pre_hook(_entering_layer(step, index)))
-    if layers is not None:
-        handles.append(layers[len(layers) - 1].register_forward_hook(lambda *_: _end_layers(step, len(layers))))
-    with CudaAutocast() if step.recipe.autocast else contextlib.nullcontext():
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _entering(step: Step, name: str) -> Callable[..., None]:
-    def enter(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        if step.ends_layers:
-            _watch_gradient(step, inputs, step.ends_layers - 1)
-            step.ends_layers = 0
-        # Recomputation stops in the midst of a layer and leaves modules that never return.
-        while step.tracker.modules and not name.startswith(f"{step.tracker.modules[-1]}."):
-            step.tracker.modules.pop()
-        step.tracker.modules.append(name)
-
-    return enter
-
-
-def _leaving(tracker: StorageTracker, name: str) -> Callable[..., None]:
-    def leave(*_: Any) -> None:
-        if tracker.modules and tracker.modules[-1] == name:
-            tracker.modules.pop()
-
-    return leave
-
-
-def _entering_layer(step: Step, index: int) -> Callable[..., None]:
-    """What follows belongs to this layer, until the next one begins; in the backward pass, once its input's gradient
-    is there, to the layer before."""
-
-    def enter(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        if step.part in (FORWARD, EVALUATION):
-            step.tracker.layer = index
-        if step.part == FORWARD:
-            _watch_gradient(step, inputs, index - 1)
-
-    return enter
-
-
-def _end_layers(step: Step, num_layers: int) -> None:
-    """The last layer has run: what follows is the loss, unless this is recomputation in the backward pass."""
-    if step.part == FORWARD:
-        step.ends_layers = num_layers
-        step.begin(LOSS)
-    elif step.part == EVALUATION:
-        step.tracker.layer = -1
-
-
-def _watch_gradient(step: Step, inputs: tuple[Any, ...], layer: int) -> None:
-    """From where this gradient arrives, the backward pass is in a layer; in the last one it leaves the loss."""
-
-    def arrive(_: torch.Tensor) -> None:
-        if step.part != BACKWARD:
-            step.begin(BACKWARD)
-        step.tracker.layer = layer
-
-    for one in inputs:
-        if isinstance(one, torch.Tensor) and one.requires_grad:
-            one.register_hook(arrive)
-            return
