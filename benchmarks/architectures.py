@@ -1,0 +1,230 @@
+"""Which architectures of the installed transformers trace: every model type with every head that is trained.
+
+Each is built from its default config, cut to a few layers and otherwise at full width: tensors hold no data, so width
+is free. One full-training step is traced. Run: python benchmarks/architectures.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import transformers
+from transformers.models.auto import configuration_auto, modeling_auto
+
+from brim.errors import BrimError, ProbeFailed
+from brim.probes.model import BuildModel
+from brim.probes.trace import trace
+from brim.spec.data import DataProfile
+from brim.spec.device import Cluster
+from brim.spec.model import ModelShape
+from brim.spec.recipe import Engine, Recipe
+from brim.spec.strategy import Strategy
+from brim.spec.workload import BatchTarget, Workload
+from brim.tables.read import find_device
+
+RESULTS = Path(__file__).parent / "results" / "architectures.md"
+HEADS = {
+    "causal language model": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "masked language model": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "encoder-decoder": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "sequence classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "token classification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "question answering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "multiple choice": "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES",
+    "image and text to text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "image classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "semantic segmentation": "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES",
+    "object detection": "MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES",
+    "speech to text": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "connectionist temporal classification": "MODEL_FOR_CTC_MAPPING_NAMES",
+    "audio classification": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+    "video classification": "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES",
+}  # fmt: skip
+_DEPTH = 2
+_DEPTHS = (
+    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers", "num_encoder_layers", "encoder_layers", "decoder_layers",
+    "depth", "num_blocks", "encoder_num_hidden_layers", "decoder_num_hidden_layers", "num_hidden_groups",
+)  # fmt: skip
+_LENGTH, _BATCH, _SECONDS, _LONGEST = 128, 2, 60, 1 << 15
+
+
+class Case(NamedTuple):
+    """A model type under a head."""
+
+    head: str
+    model_type: str
+    architecture: str
+
+
+class Row(NamedTuple):
+    """What came of a case."""
+
+    case: Case
+    outcome: str
+    """`traced`, or why not."""
+    seconds: float
+
+
+def list_cases() -> Iterator[Case]:
+    """Yield every model type of transformers under every head that is trained."""
+    for head, mapping in HEADS.items():
+        for model_type, names in getattr(modeling_auto, mapping).items():
+            for name in names if isinstance(names, (list, tuple)) else (names,):
+                if model_type in configuration_auto.CONFIG_MAPPING_NAMES:
+                    yield Case(head, model_type, name)
+
+
+def shrink_config(model_type: str) -> Any:
+    """Return the default config of a model type with two layers in every stack."""
+    kind = configuration_auto.CONFIG_MAPPING[model_type]
+    return kind(**_shallow(kind()))
+
+
+def _shallow(config: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    period = max((value for name, value in vars(config).items() if _is_period(name, value)), default=0)
+    for name, value in vars(config).items():
+        if hasattr(value, "to_dict"):
+            inner = _shallow(value)
+            if inner:
+                found[name] = {"model_type": value.model_type} | inner
+        elif config.attribute_map.get(name, name) in _DEPTHS and isinstance(value, int) and value > _DEPTH:
+            found[name] = min(value, max(_DEPTH, period))
+    return found
+
+
+def _is_period(name: str, value: Any) -> bool:
+    return isinstance(value, int) and name.endswith(("_period", "_interval")) and 1 < value <= 8
+
+
+def trace_case(case: Case, length: int = _LENGTH) -> int:
+    """Return the peak bytes of one training step of a tiny model.
+
+    Raises:
+        ProbeFailed: it does not trace.
+    """
+    kind = getattr(transformers, case.architecture)
+    config = shrink_config(case.model_type)
+    workload, strategy = plan_case(case, length)
+    try:
+        return trace(workload, strategy, lambda: kind._from_config(config), fold=False).peak_allocated_bytes
+    except ProbeFailed as error:
+        needed = getattr(error, "num_tokens", None)
+        if needed and length < needed < _LONGEST:
+            return trace_case(case, needed + _LENGTH)
+        raise
+
+
+def plan_case(case: Case, length: int = _LENGTH) -> tuple[Workload, Strategy]:
+    """Return full training in bf16 of a model brim's formula need not know."""
+    shape = ModelShape(
+        name=case.model_type, model_type=case.model_type, architecture=case.architecture, hidden_size=1, vocab_size=1,
+        max_position_embeddings=None, tie_word_embeddings=False, embeddings=(), groups=(), head=(), final_norm="none",
+    )  # fmt: skip
+    batch = BatchTarget(sequences=2, tokens=256, low=1, high=2, min_useful=1, max_useful=2, reason="benchmark")
+    workload = Workload(
+        model=shape, data=DataProfile(seq_len=length, packing=True), batch=batch, task="fine-tuning",
+        recipe=Recipe(method="full", engine=Engine(name="transformers", evaluates=False)),
+        cluster=Cluster(device=find_device("h100-80gb")),
+    )  # fmt: skip
+    return workload, Strategy(micro_batch_size=_BATCH, gradient_accumulation_steps=1)
+
+
+def run_cases(cases: list[Case]) -> Iterator[Row]:
+    """Yield what comes of each case; none may take more than a minute."""
+    signal.signal(signal.SIGALRM, _give_up)
+    for case in cases:
+        started = time.monotonic()
+        signal.alarm(_SECONDS)
+        try:
+            trace_case(case)
+            outcome = "traced"
+        except BrimError as error:
+            outcome = str(error)
+        except Exception as error:  # the default config, cut short, is refused by the model's own constructor
+            outcome = f"no tiny config: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        finally:
+            signal.alarm(0)
+        yield Row(case, outcome[:300].replace("|", "/"), time.monotonic() - started)
+
+
+def _give_up(_: int, __: FrameType | None) -> None:
+    raise TimeoutError(f"more than {_SECONDS} s")
+
+
+def write_table(rows: list[Row]) -> str:
+    """Return the report: shares by head, then everything that does not trace and why."""
+    traced = Counter(row.case.head for row in rows if row.outcome == "traced")
+    total = Counter(row.case.head for row in rows)
+    lines = [
+        "# Architectures that trace", "",
+        f"transformers {transformers.__version__}, every model type under every head that is trained, default config"
+        " cut to two layers, full training in bf16, one step. Written by `benchmarks/architectures.py`.", "",
+        "| head | traced | of | share |", "|---|---|---|---|",
+    ]  # fmt: skip
+    lines += [f"| {head} | {traced[head]} | {total[head]} | {traced[head] / total[head]:.0%} |" for head in total]
+    done, count = sum(traced.values()), len(rows)
+    lines += [f"| all | {done} | {count} | {done / max(count, 1):.0%} |", "", "## What does not trace, and why", ""]
+    lines += ["| head | model type | class | reason |", "|---|---|---|---|"]
+    lines += [
+        f"| {row.case.head} | {row.case.model_type} | {row.case.architecture} | {row.outcome} |"
+        for row in rows if row.outcome != "traced"
+    ]  # fmt: skip
+    return "\n".join([*lines, ""])
+
+
+def _run_shard(index: int, count: int, only: str) -> None:
+    cases = [case for case in list_cases() if only in f"{case.head} {case.model_type} {case.architecture}"]
+    for row in run_cases(cases[index::count]):
+        print("\t".join((*row.case, row.outcome, f"{row.seconds:.2f}")), flush=True)
+
+
+def _collect(jobs: int, only: str) -> list[Row]:
+    command = [sys.executable, __file__, "--only", only, "--jobs", str(jobs), "--shard"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    runs = [
+        subprocess.Popen([*command, str(index)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+        for index in range(jobs)
+    ]  # fmt: skip
+    rows = []
+    for run in runs:
+        for line in run.communicate()[0].splitlines():
+            *case, outcome, seconds = line.split("\t")
+            rows.append(Row(Case(*case), outcome, float(seconds)))
+    order = {case: index for index, case in enumerate(list_cases())}
+    return sorted(rows, key=lambda row: order[row.case])
+
+
+def main() -> None:
+    """Trace everything and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--shard", type=int)
+    parser.add_argument("--only", default="", help="cases whose head, model type or class contains this")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    if given.shard is not None:
+        _run_shard(given.shard, given.jobs, given.only)
+        return
+    table = write_table(_collect(given.jobs, given.only))
+    if given.only:
+        print(table)
+    else:
+        RESULTS.write_text(table, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

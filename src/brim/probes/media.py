@@ -1,0 +1,284 @@
+"""Images and sound of a micro-batch: their shapes from the config, their tokens counted by the model itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+
+from brim.errors import ProbeFailed
+
+Make = Callable[[], torch.Tensor]
+Media = dict[int, int]
+"""Id of a placeholder token -> how many of them stand in one sequence."""
+
+_GRID = 32
+_SECONDS, _SAMPLES_PER_SECOND, _FRAMES = 10, 16_000, 1000
+_IMAGE_TOKENS = (
+    "image_token_id", "image_token_index", "im_patch_id", "media_placeholder_token_id", "image_soft_token_id",
+)  # fmt: skip
+_AUDIO_TOKENS = ("audio_token_id", "audio_token_index")
+_FEATURES = {"image": ("get_image_features",), "audio": ("get_audio_features", "get_audio_embeddings")}
+_FILLER = 5
+
+
+def add_media(request: Any, makers: MutableMapping[str, Make]) -> Media:
+    """Add what a forward reads besides text, one image or sound per sequence, and return the tokens it stands for.
+
+    Raises:
+        ProbeFailed: the model reads media in a form brim cannot make up.
+    """
+    takes, media = request.takes, {}
+    if "pixel_values" in takes or "image_patches" in takes:
+        media |= _add_images(request, makers)
+    if ("input_features" in takes and "input_ids" not in takes) or _hears(request):
+        media |= _add_sound(request, makers)
+    elif "input_values" in takes and "input_ids" not in takes:
+        makers["input_values"] = _waves(request)
+    return media
+
+
+def _hears(request: Any) -> bool:
+    """Whether a language model reads sound and nothing else besides text."""
+    return "input_features" in request.takes and "pixel_values" not in request.takes
+
+
+def _add_images(request: Any, makers: MutableMapping[str, Make]) -> Media:
+    failed: Exception | None = None
+    token = _find_id(request.config, _IMAGE_TOKENS)
+    for images in _list_image_forms(request):
+        if "input_ids" not in request.takes or token is None:
+            makers |= images
+            return {}
+        try:
+            count = count_tokens(request.model, "image", images)
+        except Exception as error:  # whatever the model's own code raises: the next form is tried
+            failed = failed or error
+            continue
+        makers |= images
+        return {token: count // request.batch} if count else {}
+    raise ProbeFailed(f"images of {request.kind}: no form brim knows fits ({_short(failed)}); pass make_inputs")
+
+
+def _list_image_forms(request: Any) -> Iterator[dict[str, Make]]:
+    """Yield forms images are read in, those the signature names first."""
+    config, batch, takes = request.config, request.batch, request.takes
+    vision = find_vision(config)
+    channels = first_number(vision, ("num_channels", "in_channels", "in_chans", "input_channels"), 3)
+    if "image_grid_thw" in takes:
+        patch = first_number(vision, ("patch_size", "spatial_patch_size"), 14)
+        frames = first_number(vision, ("temporal_patch_size",), 1)
+        rows = batch * _GRID * _GRID
+        grid = [[1, _GRID, _GRID]] * batch
+        for shape in ((rows, channels * frames * patch * patch), (rows, channels, patch, patch)):
+            yield _given(
+                takes, pixel_values=_zeros(shape), image_grid_thw=lambda: torch.tensor(grid),
+                image_merge_sizes=lambda: torch.tensor([first_number(vision, ("spatial_merge_size",), 2)] * batch),
+            )  # fmt: skip
+    height, width = find_size(config)
+    sizes = torch.tensor([[height, width]] * batch).tolist()
+    extra: dict[str, Make] = {"image_sizes": lambda: torch.tensor(sizes)}
+    tiles = first_number(vision, ("max_num_tiles",), 1)
+    if "aspect_ratio_ids" in takes:
+        yield _given(
+            takes, pixel_values=_zeros((batch, 1, tiles, channels, height, width)),
+            aspect_ratio_ids=lambda: torch.ones(batch, 1, dtype=torch.long),
+            aspect_ratio_mask=lambda: torch.ones(batch, 1, tiles, dtype=torch.long),
+            cross_attention_mask=lambda: torch.ones(batch, request.length, 1, tiles, dtype=torch.long),
+        )  # fmt: skip
+    if "spatial_shapes" in takes:
+        patch = first_number(vision, ("patch_size",), 16)
+        side = height // patch if height >= patch else 16
+        yield _given(
+            takes, pixel_values=_zeros((batch, side * side, channels * patch * patch)),
+            spatial_shapes=lambda: torch.tensor([[side, side]] * batch),
+            pixel_attention_mask=lambda: torch.ones(batch, side * side, dtype=torch.long),
+        )  # fmt: skip
+    flat, tiled = (batch, channels, height, width), (batch, 1, channels, height, width)
+    frames = first_number(vision, ("num_frames", "frames"), 0)
+    forms = [flat, tiled, (batch, 3, channels, height, width)]
+    if "pixel_attention_mask" in takes:
+        forms = [tiled, flat]
+    elif frames:
+        forms = [(batch, frames, channels, height, width), flat]
+    for shape in forms:
+        yield _given(takes, pixel_values=_zeros(shape), **extra)
+
+
+def _given(takes: frozenset[str], **makers: Make) -> dict[str, Make]:
+    return {name: make for name, make in makers.items() if name in takes}
+
+
+def _zeros(shape: tuple[int, ...]) -> Make:
+    return lambda: torch.zeros(shape)
+
+
+def _add_sound(request: Any, makers: MutableMapping[str, Make]) -> Media:
+    failed: Exception | None = None
+    token = _find_id(request.config, _AUDIO_TOKENS)
+    for sound in _list_sound_forms(request):
+        if "input_ids" not in request.takes or token is None:
+            makers |= sound
+            return {}
+        try:
+            count = count_tokens(request.model, "audio", sound)
+        except Exception as error:  # whatever the model's own code raises: the next form is tried
+            failed = failed or error
+            continue
+        makers |= sound
+        return {token: count // request.batch} if count else {}
+    raise ProbeFailed(f"sound of {request.kind}: no form brim knows fits ({_short(failed)}); pass make_inputs")
+
+
+def _list_sound_forms(request: Any) -> Iterator[dict[str, Make]]:
+    """Yield forms sound is read in: Whisper's (bands, frames), then (frames, bands)."""
+    config, batch, takes = request.config, request.batch, request.takes
+    names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "n_mels", "input_dim")
+    bands = first_of_all(config, names, 80)
+    positions = first_of_all(config, ("max_source_positions",), 0)
+    frames = 2 * positions if positions and positions <= 3000 else _FRAMES
+    by_band, by_frame = (batch, bands, frames), (batch, frames, bands)
+    transposed = first_of_all(config, ("input_feat_per_channel", "feature_projection_input_dim"), 0)
+    for shape in (by_frame, by_band) if transposed else (by_band, by_frame):
+        yield _given(
+            takes, input_features=_zeros(shape),
+            feature_attention_mask=lambda: torch.ones(batch, frames, dtype=torch.long),
+            input_features_mask=lambda: torch.ones(batch, frames, dtype=torch.bool),
+        )  # fmt: skip
+
+
+def _waves(request: Any) -> Make:
+    """Sound as samples, or as the spectrogram a transformer over patches reads."""
+    config, batch = request.config, request.batch
+    if hasattr(config, "num_mel_bins") and hasattr(config, "max_length") and hasattr(config, "frequency_stride"):
+        return _zeros((batch, config.max_length, config.num_mel_bins))
+    samples = _SECONDS * _SAMPLES_PER_SECOND
+    return _zeros((batch, samples))
+
+
+def count_tokens(model: Any, medium: str, given: Mapping[str, Make]) -> int:
+    """Return how many tokens a micro-batch's media become, from the model's own encoder."""
+    for name in _FEATURES[medium]:
+        for owner in (model, getattr(model, "model", None)):
+            method = getattr(owner, name, None)
+            if method is None:
+                continue
+            takes = inspect.signature(method).parameters
+            whole = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in takes.values())
+            inputs = {key: make() for key, make in given.items() if key in takes or (whole and key == "pixel_values")}
+            with torch.no_grad():
+                return _count_rows(method(**_cast(inputs, model)))
+    return 0
+
+
+def _cast(inputs: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    dtype = next(one.dtype for one in model.parameters() if one.is_floating_point())
+    return {key: one.to(dtype) if one.is_floating_point() else one for key, one in inputs.items()}
+
+
+def _count_rows(features: Any) -> int:
+    if hasattr(features, "pooler_output") and features.pooler_output is not None:
+        features = features.pooler_output
+    elif hasattr(features, "last_hidden_state"):
+        features = features.last_hidden_state
+    if isinstance(features, (list, tuple)):
+        return sum(_count_rows(one) for one in features)
+    return features.numel() // features.shape[-1]
+
+
+def place_media(request: Any, media: Media, length: int) -> list[int]:
+    """Return one sequence of token ids with the placeholders of its image or sound in it, then text.
+
+    Raises:
+        ProbeFailed: they need more tokens than the sequence has.
+    """
+    config = request.config
+    ids: list[int] = []
+    for token, count in media.items():
+        start = _find_id(config, ("vision_start_token_id", "image_start_token_id", "boi_token_id", "boi_token_index"))
+        ids += [start] if start is not None else []
+        ids += [token] * count
+    if len(ids) >= length:
+        text = f"an image or sound takes {len(ids)} tokens, and a sequence has {length}; raise the sequence length"
+        raise ProbeFailed(text, num_tokens=len(ids))
+    return ids + [find_filler(config)] * (length - len(ids) - 1) + [_find_end(request)]
+
+
+def _find_end(request: Any) -> int:
+    """Classifiers with a decoder read the state of the last end-of-text token."""
+    end = _find_id(request.config, ("eos_token_id",))
+    return end if end is not None and "Classification" in request.kind else find_filler(request.config)
+
+
+def find_filler(config: Any) -> int:
+    """Return a token id that means nothing in particular."""
+    taken = set()
+    for one in (config, getattr(config, "text_config", None)):
+        for name, value in vars(one).items() if one is not None else ():
+            if "token" in name:
+                taken |= {value} if isinstance(value, int) else set(value) if isinstance(value, list) else set()
+    return next(one for one in range(_FILLER, 10_000) if one not in taken)
+
+
+def _find_id(config: Any, names: tuple[str, ...]) -> int | None:
+    for one in (config, getattr(config, "text_config", None), getattr(config, "thinker_config", None)):
+        for name in names:
+            value = getattr(one, name, None)
+            value = value[0] if isinstance(value, list) and value else value
+            if isinstance(value, int):
+                return value
+    return None
+
+
+def find_vision(config: Any) -> Any:
+    """Return the part of a config that describes images."""
+    for one in walk_configs(config):
+        if one is not config and any(hasattr(one, name) for name in ("patch_size", "image_size")):
+            return one
+    return config
+
+
+def find_size(config: Any) -> tuple[int, int]:
+    """Return height and width of the images a config is made for, pixels; 224 where it names none."""
+    for one in walk_configs(config):
+        size = getattr(one, "image_size", None)
+        if isinstance(size, dict):
+            size = [size.get("height", 224), size.get("width", 224)]
+        if isinstance(size, int):
+            return size, size
+        if isinstance(size, (list, tuple)) and len(size) == 2:
+            return int(size[0]), int(size[1])
+    return 224, 224
+
+
+def first_number(config: Any, names: tuple[str, ...], default: int) -> int:
+    """Return the first of a config's numbers that is there."""
+    for name in names:
+        value = getattr(config, name, None)
+        value = value[-1] if isinstance(value, (list, tuple)) and value else value
+        if isinstance(value, int):
+            return value
+    return default
+
+
+def first_of_all(config: Any, names: tuple[str, ...], default: int) -> int:
+    """Return the first such number in a config or in those inside it."""
+    for one in walk_configs(config):
+        value = first_number(one, names, -1)
+        if value >= 0:
+            return value
+    return default
+
+
+def walk_configs(config: Any) -> Iterator[Any]:
+    """Yield a config and those inside it, those of images first."""
+    inner = [(name, one) for name, one in vars(config).items() if hasattr(one, "to_dict")]
+    yield config
+    for _, one in sorted(inner, key=lambda pair: "vis" not in pair[0] and "image" not in pair[0]):
+        yield from walk_configs(one)
+
+
+def _short(error: Exception | None) -> str:
+    return "" if error is None else (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
