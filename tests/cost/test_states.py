@@ -69,10 +69,43 @@ def test_full_training_in_one_dtype(dtype: str, element: int) -> None:
 
 
 def test_master_weights_and_gradient_dtype() -> None:
-    """A master copy is fp32; gradients may be wider than weights."""
+    """A master copy is fp32 and so are the moments beside it: 12 bytes a parameter; gradients may be wide too."""
     states = count_states(TINY, recipe(master_weights=True, gradient_dtype="fp32"))
     assert states.gradients_bytes == 4 * ALL
-    assert states.optimizer_bytes == 2 * 2 * ALL + 4 * ALL
+    assert states.optimizer_bytes == (4 + 4 + 4) * ALL
+
+
+@pytest.mark.parametrize(("chosen", "kernel", "size_bytes"), [
+    ({}, "fused", 2 * ALL),
+    ({}, "foreach", 2 * ALL + 4 * ALL),
+    ({"gradient_dtype": "fp32"}, "fused", 0),
+    ({"weight_dtype": "fp32"}, "loop", 2 * 4 * 64 * 128),
+])  # fmt: skip
+def test_gradients_are_widened_for_master_weights(chosen: dict[str, Any], kernel: str, size_bytes: int) -> None:
+    """Beyond 16-bit gradients another two bytes each; what a kernel holds is in fp32."""
+    assert step_temporaries_bytes(TINY, recipe(master_weights=True, **chosen), kernel) == size_bytes  # type: ignore
+
+
+@pytest.mark.parametrize(("chosen", "copies"), [
+    ({}, 4), ({"weight_dtype": "fp32"}, 2), ({"gradient_dtype": "fp32"}, 3),
+])  # fmt: skip
+def test_adafactor_widens_what_is_narrow(chosen: dict[str, Any], copies: int) -> None:
+    """Two fp32 updates of the largest tensor, and fp32 copies of a 16-bit weight and gradient, in whatever kernel."""
+    found = [step_temporaries_bytes(TINY, recipe(optimizer="adafactor", **chosen), one) for one in ("loop", "foreach")]  # type: ignore
+    assert found == [4 * copies * 64 * 128] * 2
+
+
+def test_muon_holds_a_matrix_or_what_adamw_holds_of_a_table() -> None:
+    """Of a 64 x 128 matrix an update, two iterates and two 64 x 64 products; of experts, which AdamW updates, two."""
+    one = recipe(optimizer="muon")
+    assert step_temporaries_bytes(TINY, one, "loop") == 2 * 3 * 64 * 128 + 2 * 2 * 64 * 64
+    assert step_temporaries_bytes(TINY_MOE, one, "loop") == 2 * 2 * (4 * 2 * 64 * 128)
+    experts = 2 * 4 * EXPERT
+    fused, apart = (
+        count_states(TINY_MOE, recipe(optimizer="muon", engine=Engine(name="trl", fused_experts=way))).optimizer_bytes
+        for way in (True, False)
+    )
+    assert fused - apart == 2 * experts
 
 
 def test_adapters_train_alone() -> None:

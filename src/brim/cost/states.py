@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from brim.cost.parameters import (
@@ -23,6 +24,8 @@ from brim.tables.read import Optimizer, find_optimizer
 
 _LEAST_PAGED = 100_000  # elements; bitsandbytes pages no smaller tensor
 _OWN_LOOPS = ("accelerate", "plain")  # presets that do not run transformers' Trainer
+_WIDE_BYTES = 4  # fp32: master weights, what is computed with them, and Adafactor's update
+_ORTHOGONAL_BYTES = 2  # bf16, in which Muon orthogonalises whatever the weights are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,15 +52,14 @@ def count_states(shape: ModelShape, recipe: Recipe) -> States:
     _refuse_expert_adapters(shape, recipe)
     optimizer = find_optimizer(recipe.optimizer)
     trained, element_bytes = count_trained(shape, recipe), trained_bytes(recipe)
-    gradient_bytes = DTYPE_BYTES[recipe.gradient_dtype] if recipe.gradient_dtype else element_bytes
-    state_bytes = _optimizer_bytes(shape, recipe, optimizer, trained, element_bytes)
+    state_bytes = _optimizer_bytes(shape, recipe, optimizer, trained, stepped_bytes(recipe))
     paged = state_bytes - _resident_bytes(shape, recipe, optimizer, trained) if optimizer.paged else 0
-    master = 4 * trained if recipe.master_weights else 0
+    master = _WIDE_BYTES * trained if recipe.master_weights else 0
     adapters = trained * element_bytes if recipe.lora is not None else 0
     return States(
         parameters_bytes=base_bytes(shape, recipe) + adapters,
         trained_parameters=trained,
-        gradients_bytes=trained * gradient_bytes,
+        gradients_bytes=trained * gradient_bytes(recipe),
         optimizer_bytes=state_bytes - paged + master,
         paged_bytes=paged,
     )
@@ -85,6 +87,20 @@ def count_trained(shape: ModelShape, recipe: Recipe) -> int:
 def trained_bytes(recipe: Recipe) -> int:
     """Return the bytes of one trained weight: the adapter's dtype, or the model's."""
     return DTYPE_BYTES[recipe.lora.dtype if recipe.lora else recipe.weight_dtype]
+
+
+def stepped_bytes(recipe: Recipe) -> int:
+    """Return the bytes of one weight as the optimizer has it, and of one state: fp32 where it holds master weights.
+
+    Source: megatron/core/optimizer/optimizer.py Float16OptimizerWithFloat16Params; deepspeed runtime/bf16_optimizer.py:
+    the optimizer inside is given the fp32 copies, and makes its states from them.
+    """
+    return _WIDE_BYTES if recipe.master_weights else trained_bytes(recipe)
+
+
+def gradient_bytes(recipe: Recipe) -> int:
+    """Return the bytes of one gradient."""
+    return DTYPE_BYTES[recipe.gradient_dtype] if recipe.gradient_dtype else trained_bytes(recipe)
 
 
 def base_bytes(shape: ModelShape, recipe: Recipe) -> int:
@@ -195,7 +211,24 @@ def _factored_elements(shape: ModelShape, recipe: Recipe) -> int:
 
 
 def _matrix_elements(shape: ModelShape, recipe: Recipe) -> int:
-    return sum(rows * columns * copies for rows, columns, copies in trained_matrices(shape, recipe))
+    return sum(rows * columns * copies for rows, columns, copies in _hidden_matrices(shape, recipe))
+
+
+def _hidden_matrices(shape: ModelShape, recipe: Recipe) -> list[tuple[int, int, int]]:
+    """Return (rows, columns, copies) of what Muon updates: matrices in the layers, fused experts apart.
+
+    Source: torch/optim/_muon.py __init__ takes two-dimensional parameters only; fused experts have three.
+    """
+    matrices = trained_matrices(shape, recipe)
+    if recipe.lora is not None or not recipe.engine.fused_experts:
+        return matrices
+    experts = [
+        (linear.out_features, linear.in_features, group.count * group.mlp.num_experts)
+        for group in shape.groups
+        if isinstance(group.mlp, Moe)
+        for linear in group.mlp.expert_linears
+    ]
+    return list((Counter(matrices) - Counter(experts)).elements())
 
 
 def _small_elements(shape: ModelShape, recipe: Recipe, limit: int) -> int:
@@ -223,18 +256,62 @@ def _largest_fused_expert(group: LayerGroup) -> int:
 
 
 def step_temporaries_bytes(shape: ModelShape, recipe: Recipe, kernel: OptimizerKernel) -> int:
-    """Return what the optimizer allocates while it steps, bytes.
+    """Return what the optimizer allocates while it steps, beyond the gradients that are there, bytes.
+
+    With master weights all gradients are widened first, and the narrow ones freed.
 
     Source: tables/optimizers.toml; foreach kernels hold copies of every trained tensor at once, loops of the
-    largest tensor only, fused kernels none.
+    largest tensor only, fused kernels none; megatron/core/optimizer/optimizer.py _copy_model_grads_to_main_grads.
     """
-    optimizer = find_optimizer(recipe.optimizer)
-    element = optimizer.temporary_bytes or trained_bytes(recipe)
+    widened = 0
+    if recipe.master_weights:
+        widened = max(0, _WIDE_BYTES - gradient_bytes(recipe)) * count_trained(shape, recipe)
+    return widened + _kernel_temporaries(shape, recipe, kernel)
+
+
+def _kernel_temporaries(shape: ModelShape, recipe: Recipe, kernel: OptimizerKernel) -> int:
+    optimizer, element = find_optimizer(recipe.optimizer), stepped_bytes(recipe)
+    kernel = kernel if kernel in optimizer.kernels else optimizer.kernels[0]  # type: ignore[assignment]
     if kernel == "foreach":
         return optimizer.foreach_temporary_copies * count_trained(shape, recipe) * element
-    if kernel == "loop":
-        return optimizer.loop_temporary_largest * largest_trained_tensor(shape, recipe) * element
-    return 0
+    if kernel != "loop":
+        return 0
+    if optimizer.vector_state_of_parameter is not None:
+        apart = optimizer.loop_temporary_largest * _largest_apart(shape, recipe) * element
+        return max(apart, _orthogonal_temporaries(shape, recipe))
+    largest = largest_trained_tensor(shape, recipe)
+    if optimizer.factored:
+        return (optimizer.loop_temporary_largest + _widened_copies(recipe)) * largest * _WIDE_BYTES
+    return optimizer.loop_temporary_largest * largest * element
+
+
+def _widened_copies(recipe: Recipe) -> int:
+    """Return which of weight and gradient Adafactor needs a copy of in fp32: the 16-bit ones.
+
+    Source: transformers/optimization.py Adafactor.step.
+    """
+    gradient = _WIDE_BYTES if recipe.master_weights else gradient_bytes(recipe)
+    return sum(size_bytes < _WIDE_BYTES for size_bytes in (gradient, stepped_bytes(recipe)))
+
+
+def _orthogonal_temporaries(shape: ModelShape, recipe: Recipe) -> int:
+    """Return what Muon holds of one matrix: its update, and in bf16 two iterates, their Gram matrix and its polynomial.
+
+    Source: torch/optim/_muon.py 2.13 _single_tensor_muon, _zeropower_via_newtonschulz.
+    """
+    sizes = (
+        stepped_bytes(recipe) * rows * columns
+        + _ORTHOGONAL_BYTES * 2 * (rows * columns + min(rows, columns) ** 2)
+        for rows, columns, _ in _hidden_matrices(shape, recipe)
+    )
+    return max(sizes, default=0)
+
+
+def _largest_apart(shape: ModelShape, recipe: Recipe) -> int:
+    """Return the elements of the largest tensor that Muon leaves to AdamW: embedding, head, or fused experts."""
+    tables = [rows * columns for rows, columns, _ in _embedding_matrices(shape, recipe)]
+    experts = [_largest_fused_expert(group) for group in shape.groups]
+    return max([0, *tables, *(experts if recipe.lora is None and recipe.engine.fused_experts else [])])
 
 
 def layer_gradient_bytes(group: LayerGroup, recipe: Recipe) -> int:
@@ -246,5 +323,4 @@ def layer_gradient_bytes(group: LayerGroup, recipe: Recipe) -> int:
             copies * recipe.lora.r * (linear.in_features + linear.out_features)
             for linear, copies in target_linears(group, recipe.lora.target_modules, recipe.engine.fused_experts)
         )
-    gradient_bytes = DTYPE_BYTES[recipe.gradient_dtype] if recipe.gradient_dtype else trained_bytes(recipe)
-    return elements * gradient_bytes
+    return elements * gradient_bytes(recipe)
