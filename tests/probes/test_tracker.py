@@ -113,6 +113,28 @@ def test_fake_backward_sums_in_place_as_a_real_one() -> None:
     assert highest <= 6 * 4096 + 1024
 
 
+@pytest.mark.parametrize("viewed", [False, True])
+def test_sums_of_gradients_are_made_where_the_real_engine_makes_them(viewed: bool) -> None:
+    """A gradient that is a view cannot be added to in place: its storage belongs to the tensor behind it as well."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    def run(tracker: StorageTracker) -> list[int]:
+        hidden = torch.zeros(32, 32, requires_grad=True) * 2
+        parts = [hidden.view(-1) * factor if viewed else hidden * factor for factor in (3.0, 5.0, 7.0)]
+        loss = sum(part.sum() for part in parts)
+        del parts
+        first = len(tracker.events)
+        torch.autograd.backward(loss)
+        return [event.num_bytes for event in tracker.events[first:] if abs(event.num_bytes) >= 4096]
+
+    real = StorageTracker()
+    with real:
+        expected = run(real)
+    fake = StorageTracker(kind=FakeTensor)
+    with FakeTensorMode(), fake:
+        assert run(fake) == expected
+
+
 def test_a_number_asked_of_a_fake_tensor_is_answered_and_noted() -> None:
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 

@@ -202,7 +202,9 @@ class StorageTracker(TorchDispatchMode):
             for num_bytes in self._workspaces(func, args, result):
                 self._pass(num_bytes, func)
         if func is torch.ops.aten.add.Tensor and _called_by_engine():
-            self._sums = made, tuple(self.keys_of(one for one in args if isinstance(one, torch.Tensor)))
+            # A view shares its storage with the tensor it was made from, so the engine adds to it out of place.
+            addends = (one for one in args if isinstance(one, torch.Tensor) and not one._is_view())
+            self._sums = made, tuple(self.keys_of(addends))
 
     def _add(self, tensor: torch.Tensor, op: Any) -> int | None:
         if not isinstance(tensor, self._kind):
