@@ -37,9 +37,10 @@ def checkpoint(model: torch.nn.Module, strategy: Strategy, engine: Engine) -> No
     options = checkpointing_options(strategy, engine)
     _enable(model, options)
     if strategy.activation_offload and not offloads_saved_tensors(engine):
+        function = _offloading(engine, options)
         for module in model.modules():
             if hasattr(module, "_gradient_checkpointing_func"):
-                module._gradient_checkpointing_func = _offloading(engine, options)
+                module._gradient_checkpointing_func = function
 
 
 def checkpointing_options(strategy: Strategy, engine: Engine) -> dict[str, Any]:
