@@ -67,7 +67,16 @@ def _prepend(model: torch.nn.Module, recipe: Recipe) -> torch.nn.Module:
     kind = peft.PrefixTuningConfig if prefix else peft.PromptTuningConfig
     config = kind(task_type=_find_task(model), num_virtual_tokens=recipe.num_virtual_tokens or _VIRTUAL_TOKENS)
     with torch.device("meta"):
-        return peft.get_peft_model(model, config)
+        adapted = peft.get_peft_model(model, config)
+        adapted.prompt_tokens = _Tokens(adapted.prompt_tokens)
+    return adapted
+
+
+class _Tokens(dict[str, torch.Tensor]):
+    """Numbers of the virtual tokens by adapter, made when asked for: PEFT holds them in a plain dict on the host."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return torch.arange(len(super().__getitem__(name)))
 
 
 def _find_task(model: torch.nn.Module) -> str:
