@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import pytest
 from time_jobs import job, way
 
 from brim.cost.estimate import estimate, peak_bytes
 from brim.cost.setting import is_flattened, is_masked, read_setting
-from brim.spec.recipe import Engine
+from brim.errors import UnsupportedModel
+from brim.spec.recipe import Engine, Preference
 from brim.spec.workload import Workload
 
 
@@ -54,3 +57,14 @@ def test_padding_masks_only_micro_batches_of_several_sequences() -> None:
     assert not is_masked(padded(), one) and is_masked(padded(), two)
     assert any("mask" in note for note in estimate(padded(), two).notes)
     assert not any("mask" in note for note in estimate(padded(), one).notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"preference": Preference()}, "pairs of answers"), ({"method": "prefix-tuning"}, "prefix-tuning")],
+)
+def test_what_the_formula_does_not_know_it_refuses(change: dict[str, Any], words: str) -> None:
+    workload = job(method="full", seq_len=1024)
+    unknown = replace(workload, recipe=replace(workload.recipe, **change))
+    with pytest.raises(UnsupportedModel, match=f"{words} of .* use --by trace"):
+        estimate(unknown, way(1))

@@ -23,7 +23,7 @@ from brim.planner.options import read_options
         ({"epochs": -1}, "epochs must be a number above 0 and at most 10,000, not -1"),
         ({"method": "qlorra"}, "unknown method 'qlorra'; did you mean qlora or lora?"),
         ({"effective_batchsize": 3}, "unknown option 'effective_batchsize'; did you mean effective_batch_size"),
-        ({"trainer": "trll"}, "unknown trainer 'trll'; did you mean trl?"),
+        ({"trainer": "trll"}, "unknown trainer 'trll'; did you mean trl"),
         ({"task": "chatt"}, "unknown task 'chatt'; did you mean chat?"),
         ({"optimizer": "adamm"}, "unknown optimizer 'adamm'; did you mean adamw"),
         ({"packing": "yes"}, "packing must be true or false, not 'yes'"),

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from planner_toys import make_job
 
+from brim.errors import InvalidInput
 from brim.spec.recipe import Recipe
 
 
@@ -56,3 +57,34 @@ def test_hf_optimizer_names_carry_their_kernel(said: str, optimizer: str, kernel
     job = make_job(optimizer=said)
     assert job.workload.recipe.optimizer == optimizer
     assert job.fixed.get("optimizer_kernel") == kernel
+
+
+def test_pairs_are_compared_with_a_reference() -> None:
+    full, lora = recipe(trainer="trl-dpo", method="full").preference, recipe(trainer="dpo").preference
+    assert full is not None and full.reference == "model"
+    assert lora is not None and lora.reference == "adapter"
+    ahead = recipe(trainer="DPOTrainer", precompute_ref_log_probs=True).preference
+    assert ahead is not None and ahead.reference == "precomputed"
+    assert recipe(trainer="trl").preference is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"precompute_ref_log_probs": True}, "needs trainer trl-dpo, not trl"),
+        ({"trainer": "trl-dpo", "packing": True}, "does not pack pairs"),
+        ({"trainer": "trl-dpo", "target": "trl"}, "trl cannot express training on pairs"),
+    ],
+)
+def test_what_pairs_exclude_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidInput, match=words):
+        recipe(**options)
+
+
+def test_a_run_may_go_on_from_a_checkpoint() -> None:
+    assert recipe(resume=True).engine.resumes and not recipe().engine.resumes
+
+
+def test_virtual_tokens_take_no_adapter() -> None:
+    prompts = recipe(method="prompt-tuning")
+    assert (prompts.lora, prompts.num_virtual_tokens) == (None, 20)

@@ -49,6 +49,8 @@ FLAGS = (
     Flag("lora_targets", _TRAINED, "NAMES", ("lora-target-modules", "lora-target")),
     Flag("quantization", _TRAINED, "nf4|fp4|int8", ("bnb-4bit-quant-type",)),
     Flag("double_quant", _TRAINED, "", ("bnb-4bit-use-double-quant", "use-bnb-nested-quant")),
+    Flag("precompute_ref_log_probs", _TRAINED, ""),
+    Flag("resume", _TRAINED, "", ("resume-from-checkpoint",)),
     Flag("task", _DATA, "NAME"),
     Flag("seq_len", _DATA, "N", ("max-length", "max-seq-length", "max-seq-len", "cutoff-len"), _read_whole),
     Flag("effective_batch_size", _DATA, "N", ("global-batch-size",), _read_whole),

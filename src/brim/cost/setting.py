@@ -92,8 +92,9 @@ def read_setting(workload: Workload, strategy: Strategy) -> Setting:
     """
     recipe, lora = workload.recipe, workload.recipe.lora
     kernels, quantised = find_kernels(strategy.layer_kernels), recipe.quantization is not None
-    if lora is not None and lora.use_dora:
-        raise UnsupportedModel(model=workload.model.name, what="the DoRA adapters")
+    unknown = name_unknown(workload)
+    if unknown is not None:
+        raise UnsupportedModel(model=workload.model.name, what=unknown)
     code = find_modeling(workload.model.model_type)
     seq_len = workload.model.sequence_tokens or workload.data.seq_len
     setting = Setting(
@@ -113,6 +114,16 @@ def read_setting(workload: Workload, strategy: Strategy) -> Setting:
         fused_experts=recipe.engine.fused_experts, num_masks=0, code=code,
     )  # fmt: skip
     return replace(setting, num_masks=_count_masks(workload.model, setting))
+
+
+def name_unknown(workload: Workload) -> str | None:
+    """Return the part of a recipe the formula does not know, None if it knows it all."""
+    recipe = workload.recipe
+    if recipe.preference is not None:
+        return "the loss of pairs of answers"
+    if recipe.method in ("prompt-tuning", "prefix-tuning"):
+        return f"the {recipe.method}"
+    return "the DoRA adapters" if recipe.lora is not None and recipe.lora.use_dora else None
 
 
 def _spared_names(shape: ModelShape) -> frozenset[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from brim.errors import Inexpressible
 from brim.planner.record import Plan
+from brim.planner.target import PAIRS, PAIRS_ADVICE
 from brim.tables.dialects import Dialect
 
 Refusal = tuple[str, str]
@@ -18,7 +19,7 @@ def refuse_inexpressible(plan: Plan, dialect: Dialect) -> None:
     Raises:
         Inexpressible: the first setting without a word.
     """
-    for rule in (_model, _mesh, _checkpointing, _kernels, _batching, _offloads, _precision):
+    for rule in (_method, _model, _mesh, _checkpointing, _kernels, _batching, _offloads, _precision):
         for setting, advice in rule(plan, dialect):
             raise Inexpressible(target=_speaker(dialect), setting=setting, advice=advice)
 
@@ -26,6 +27,13 @@ def refuse_inexpressible(plan: Plan, dialect: Dialect) -> None:
 def _speaker(dialect: Dialect) -> str:
     """Return the target, with its versions unless it is the newest dialect."""
     return f"{dialect.target} ({dialect.versions})" if dialect.until else dialect.target
+
+
+def _method(plan: Plan, dialect: Dialect) -> Iterator[Refusal]:
+    if plan.workload.recipe.preference is not None:
+        yield PAIRS, PAIRS_ADVICE
+    if plan.workload.recipe.method not in ("full", "lora", "qlora"):
+        yield f"method {plan.workload.recipe.method}", "exported scripts train all weights or LoRA adapters"
 
 
 def _model(plan: Plan, dialect: Dialect) -> Iterator[Refusal]:

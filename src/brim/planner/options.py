@@ -32,7 +32,7 @@ class JobOptions:
     num_nodes: int | None = None
     """Nodes with these GPUs."""
     trainer: str | None = None
-    """Training loop: trl, transformers, unsloth, accelerate or plain."""
+    """Training loop: trl, trl-dpo, transformers, unsloth, accelerate or plain."""
     target: str | None = None
     """Export target the plan must be expressible in; sets the trainer where none is given."""
     seq_len: int | None = None
@@ -79,6 +79,10 @@ class JobOptions:
     """Storage of the frozen base under `qlora`."""
     double_quant: bool | None = None
     """Whether the scales are quantised once more."""
+    precompute_ref_log_probs: bool | None = None
+    """Whether DPO computes its reference's answers before training instead of keeping the reference."""
+    resume: bool | None = None
+    """Whether the run goes on from a checkpoint."""
     moe_imbalance: float | None = None
     """Tokens of the busiest expert as a multiple of an even share, for the trace."""
     refresh: bool | None = None
@@ -97,7 +101,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer_kernel": get_args(OptimizerKernel), "loss_kernel": get_args(LossKernel),
     "quantization": get_args(LoadFormat),
 }  # fmt: skip
-_TRUTHS = ("packing", "double_quant", "refresh")
+_TRUTHS = ("packing", "double_quant", "precompute_ref_log_probs", "resume", "refresh")
 _WORDS = ("gpu", "trainer", "target", "task", "dataset", "optimizer")
 _LONGEST_WORD = 4096
 

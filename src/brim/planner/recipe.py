@@ -10,12 +10,15 @@ from brim.errors import InvalidInput, UnknownName
 from brim.planner.options import JobOptions, split_targets
 from brim.spec.device import Device
 from brim.spec.model import ModelShape
-from brim.spec.recipe import Dtype, Engine, Lora, Method, Quantization, Recipe
+from brim.spec.recipe import Dtype, Engine, Lora, Method, Preference, Quantization, Recipe
 from brim.spec.strategy import OptimizerKernel
 from brim.tables.read import Optimizer, Trainer, find_optimizer
 
 BF16_CAPABILITY = (8, 0)
 DEFAULT_RANK = 16
+DEFAULT_VIRTUAL_TOKENS = 20
+_ADAPTED: tuple[Method, ...] = ("lora", "qlora")
+_PROMPTED: tuple[Method, ...] = ("prompt-tuning", "prefix-tuning")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +46,11 @@ def choose_recipe(shape: ModelShape, device: Device, trainer: Trainer, options: 
     optimizer, kernel = _choose_optimizer(options, said)
     recipe = build_recipe(method, dtype, optimizer.name, trainer)
     recipe = replace(
-        recipe, lora=None if method == "full" else _choose_lora(shape, trainer, recipe, options, said),
+        recipe, lora=_choose_lora(shape, trainer, recipe, options, said) if method in _ADAPTED else None,
         quantization=_choose_quantization(trainer, method, options, said),
+        num_virtual_tokens=_choose_virtual_tokens(method, said),
+        preference=_choose_preference(trainer, recipe, options, said),
+        engine=replace(recipe.engine, resumes=bool(options.resume)),
     )  # fmt: skip
     return RecipeChoice(recipe=recipe, optimizer_kernel=kernel, assumptions=tuple(said))
 
@@ -59,6 +65,7 @@ def build_recipe(method: Method, dtype: Dtype, optimizer: str, trainer: Trainer)
     return Recipe(
         method=method, optimizer=optimizer, compute_dtype=dtype, weight_dtype="fp32" if full_fp16 else dtype,
         autocast=autocast or full_fp16, engine=build_engine(trainer),
+        preference=build_preference(method) if trainer.prefers else None,
     )  # fmt: skip
 
 
@@ -70,6 +77,14 @@ def build_engine(trainer: Trainer) -> Engine:
         upcasts_logits=trainer.upcasts_logits,
         flattens_packed=trainer.flattens_packed,
     )
+
+
+def build_preference(method: Method) -> Preference:
+    """Return where TRL takes reference log-probabilities from unless told: an adapter is switched off for them.
+
+    Source: trl trainer/dpo_trainer.py DPOTrainer.__init__ (1.16), ref_model None.
+    """
+    return Preference(reference="model" if method == "full" else "adapter")
 
 
 def build_lora(shape: ModelShape, trainer: Trainer, method: Method, dtype: Dtype, rank: int = DEFAULT_RANK) -> Lora:
@@ -138,6 +153,28 @@ def _choose_lora(shape: ModelShape, trainer: Trainer, recipe: Recipe, options: J
         said.append(f"LoRA on every attention and feed-forward matrix: {', '.join(lora.target_modules)}")
         return lora
     return replace(lora, target_modules=_known_targets(shape, split_targets(options.lora_targets)))
+
+
+def _choose_virtual_tokens(method: Method, said: list[str]) -> int | None:
+    if method not in _PROMPTED:
+        return None
+    said.append(f"{DEFAULT_VIRTUAL_TOKENS} virtual tokens")
+    return DEFAULT_VIRTUAL_TOKENS
+
+
+def _choose_preference(trainer: Trainer, recipe: Recipe, options: JobOptions, said: list[str]) -> Preference | None:
+    if recipe.preference is None:
+        if options.precompute_ref_log_probs is not None:
+            raise InvalidInput(f"precompute_ref_log_probs needs trainer trl-dpo, not {trainer.name}")
+        return None
+    if options.packing:
+        raise InvalidInput(f"{trainer.name} does not pack pairs of answers; leave packing out")
+    if options.precompute_ref_log_probs:
+        return Preference(reference="precomputed")
+    said.append({"model": "reference a second model", "adapter": "reference the model without its adapter"}[
+        recipe.preference.reference
+    ])  # fmt: skip
+    return recipe.preference
 
 
 def _refuse_lora_of_full(options: JobOptions) -> None:

@@ -192,7 +192,7 @@ def _lighter_methods(asked: _Change) -> Iterator[_Change]:
     dtype = recipe.compute_dtype
     if recipe.method == "full":
         lora = build_lora(workload.model, trainer, "lora", dtype)
-        lighter = replace(build_recipe("lora", dtype, recipe.optimizer, trainer), lora=lora)
+        lighter = replace(build_recipe("lora", dtype, recipe.optimizer, trainer), lora=lora, engine=recipe.engine)
         yield _Change(
             change="--method lora", effect=f"trains rank-{lora.r} adapters instead of all weights",
             workload=replace(workload, recipe=lighter), fixed=asked.fixed,
@@ -202,7 +202,7 @@ def _lighter_methods(asked: _Change) -> Iterator[_Change]:
         adapter = build_lora(workload.model, trainer, "qlora", dtype, lora.r).dtype
         lighter = replace(
             build_recipe("qlora", dtype, recipe.optimizer, trainer), lora=replace(lora, dtype=adapter),
-            quantization=build_quantization(trainer),
+            quantization=build_quantization(trainer), engine=recipe.engine,
         )  # fmt: skip
         yield _Change(
             change="--method qlora", effect="adapters on a 4-bit base; unpacking it makes each micro-batch slower",

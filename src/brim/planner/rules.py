@@ -24,7 +24,7 @@ FLASH_CAPABILITY = (8, 0)
 """Ampere and newer. Source: flash-attn README."""
 BF16_CAPABILITY = (8, 0)
 """Native bf16 products. Source: CUDA C++ programming guide, table of compute capabilities."""
-CAUSAL_TRAINERS = frozenset({"trl", "unsloth"})
+CAUSAL_TRAINERS = frozenset({"trl", "trl-dpo", "unsloth"})
 """Trainers whose loss is the next token's. Source: trl 1.16 trainer/sft_trainer.py, unsloth FastLanguageModel."""
 INT8_CAPABILITY = (7, 5)
 """int8 tensor cores, which LLM.int8 needs. Source: bitsandbytes README, hardware table."""
@@ -128,8 +128,8 @@ def default_attention(workload: Workload) -> str:
 
 def checkpointing_words(workload: Workload, strategy: Strategy) -> str | None:
     """The trainer's newest release has a setting for the kind of checkpointing."""
-    trainer = _trainer(workload).name
-    kinds = next((dialect.checkpointing_kinds for dialect in list_dialects() if dialect.target == trainer), None)
+    trainer, own = _trainer(workload).name, _trainer(workload).checkpointing_kinds
+    kinds = own or next((dialect.checkpointing_kinds for dialect in list_dialects() if dialect.target == trainer), None)
     kind = strategy.activation_checkpointing
     if kinds is None or kind in kinds:
         return None

@@ -9,6 +9,8 @@ from brim.errors import Inexpressible
 from brim.tables.dialects import Dialect, find_dialect, list_dialects
 from brim.tables.read import Optimizer, Trainer
 
+PAIRS = "training on pairs of answers"
+PAIRS_ADVICE = "plan without an export, and put the plan's numbers into TRL's DPOConfig"
 _TRAINERS = {"deepspeed": "transformers"}
 _WORDS = {
     "activation_checkpointing": "{} activation checkpointing", "loss_kernel": "the {} loss",
@@ -36,6 +38,8 @@ def constrain_knobs(target: str, trainer: Trainer, optimizer: Optimizer, fixed: 
         Inexpressible: the target has no word for a knob that is fixed, or for all the trainer has.
     """
     dialect = find_dialect(target)
+    if trainer.prefers:
+        raise Inexpressible(target=dialect.target, setting=PAIRS, advice=PAIRS_ADVICE)
     narrowed = dict(fixed)
     for name, considered, known in _choices(dialect, trainer, fixed):
         kept = tuple(value for value in considered if value in known)

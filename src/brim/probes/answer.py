@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from brim.cost.ledger import Estimate, Moment
+from brim.cost.setting import name_unknown
 from brim.cost.steptime import seconds, step_time
 from brim.cost.timeline import Timeline
 from brim.planner.answerer import ORDER_TEXT, Answerer, answer_by_formula, relative_cost
@@ -105,7 +106,7 @@ def answer_by_trace(
 
     def estimate(workload: Workload, strategy: Strategy) -> Estimate:
         found = read_estimate(workload, strategy, probe.follow(workload, strategy))
-        if not workload.model.groups:
+        if not _is_known(workload):
             return found
         return replace(found, step_time=step_time(workload, strategy), notes=(*found.notes, "step time by formula"))
 
@@ -121,15 +122,20 @@ def answer_by_trace(
 
     return Answerer(
         source="trace", estimate=estimate, peak=peak, moment=moment, budget=budget, timeline=timeline,
-        seconds=lambda workload, strategy: seconds(workload, strategy) if workload.model.groups else None,
+        seconds=lambda workload, strategy: seconds(workload, strategy) if _is_known(workload) else None,
         order=relative_cost, order_text=ORDER_TEXT, confirm=probe.confirm,
     )  # fmt: skip
+
+
+def _is_known(workload: Workload) -> bool:
+    """Whether the formula has an answer."""
+    return bool(workload.model.groups) and name_unknown(workload) is None
 
 
 def _ask(probe: _Probe, workload: Workload, strategy: Strategy) -> Moment | None:
     """Return the peak as far as known; where the formula has no answer, it is traced now."""
     found = probe.peak(workload, strategy)
-    if found is None and not workload.model.groups:
+    if found is None and not _is_known(workload):
         probe.confirm(workload, strategy, exactly=False)
         return probe.peak(workload, strategy) or _ask(probe, workload, strategy)
     return found

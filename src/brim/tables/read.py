@@ -79,6 +79,8 @@ class Trainer:
     default_seq_len: int | None = None
     activation_offload: bool = False
     flattens_packed: bool = False
+    checkpointing_kinds: tuple[str, ...] | None = None
+    prefers: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
