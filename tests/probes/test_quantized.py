@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import warnings
@@ -26,13 +27,13 @@ from brim.probes.model import build_from_config, give_tensors, prepare_model
 from brim.probes.quantized import EightBitLinear, FourBitLinear, QuantizedLinear, quantize_base
 from brim.probes.trace import trace
 from brim.spec.recipe import Engine, Quantization, Recipe
-from brim.tables.read import find_card
 from real_steps import Case
 from rows import HIDDEN_FROM_PREDICTOR, read_row
 from tiny_models import tiny_class, tiny_config
 
 TRUTH = Path(__file__).parents[2] / "benchmarks" / "truth" / "memory.jsonl"
 INPUTS, OUTPUTS, OUTLIERS = 256, 384, 7
+SCALARS = 64  # bytes of scalars from before that die while a pass is metered
 TABLES = ("code", "nested_code", "offset")
 
 
@@ -82,6 +83,7 @@ def real_eight_bit(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]
 
 def meter(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int, int]:
     """Return a result, the bytes still held after it was made, and the most bytes held on the way."""
+    gc.collect()  # what an earlier test left is not freed meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as session:
         result = run()
     events = [one for one in session.profiler.kineto_results.events() if one.name() == "[memory]"]  # type: ignore[union-attr]
@@ -128,13 +130,14 @@ def test_a_four_bit_product_keeps_and_unpacks_what_the_real_one_does(nested: boo
     kept, left, needed = meter_passes(stand_in("nf4", double_quant=nested), dtype)
     real_kept, real_left, real_needed = meter_passes(real_four_bit("nf4", nested), dtype)
     packed = INPUTS * OUTPUTS // 2  # the CPU's unpacking makes a copy of the packed weight, the card's none
-    assert (kept, left) == (real_kept, real_left)
-    assert real_needed - packed <= needed <= real_needed
+    assert (kept, left) == pytest.approx((real_kept, real_left), abs=SCALARS)
+    assert real_needed - packed - SCALARS <= needed <= real_needed + SCALARS
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_an_eight_bit_product_keeps_and_unpacks_what_the_real_one_does(dtype: torch.dtype) -> None:
-    assert meter_passes(stand_in("int8"), dtype) == meter_passes(real_eight_bit(dtype), dtype)
+    real = meter_passes(real_eight_bit(dtype), dtype)
+    assert meter_passes(stand_in("int8"), dtype) == pytest.approx(real, abs=SCALARS)
 
 
 def test_old_bitsandbytes_keeps_the_input_out_of_sight_of_checkpointing() -> None:
@@ -154,13 +157,13 @@ def test_old_bitsandbytes_keeps_the_input_out_of_sight_of_checkpointing() -> Non
             input = torch.randn(4, 64, INPUTS, dtype=torch.bfloat16, requires_grad=True)
             chosen = checkpoint if checkpointed else run
             kept.append(meter(lambda chosen=chosen, input=input: chosen(input))[1])  # type: ignore[misc]
-        assert kept[1] - kept[0] == hidden, checkpointed
+        assert kept[1] - kept[0] == pytest.approx(hidden, abs=SCALARS), checkpointed
 
 
 def test_gptq_keeps_nothing_of_its_input() -> None:
     layer = stand_in("gptq-int4", bias=False)
     kept, _, needed = meter_passes(layer, torch.bfloat16)
-    assert kept == 4 * 64 * OUTPUTS * 2  # the product alone
+    assert kept == pytest.approx(4 * 64 * OUTPUTS * 2, abs=SCALARS)  # the product alone
     assert needed >= 2 * INPUTS * OUTPUTS + 4 * 64 * INPUTS * 2  # the unpacked matrix and the input's gradient
     sizes = {name: one.nbytes for name, one in layer.named_parameters()}
     groups = INPUTS // 128
@@ -273,11 +276,9 @@ def test_published_peaks_are_met(row_id: str) -> None:
     rows = map(json.loads, TRUTH.read_text(encoding="utf-8").splitlines())
     row = next(row for row in rows if row["id"] == row_id)
     workload, strategy = read_row({key: value for key, value in row.items() if key not in HIDDEN_FROM_PREDICTOR})
-    name = "mistralai/Mistral-7B-v0.1" if "Mistral" in row_id else "NousResearch/Llama-2-7b-hf"
-    card = find_card(name)
-    config = dict(card.config) if card else {"model_type": "llama"}
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-    config |= {key: row["model"][key] for key in (*sizes, "vocab_size", "tie_word_embeddings")}
+    config = {key: row["model"][key] for key in (*sizes, "vocab_size", "tie_word_embeddings")}
+    config["model_type"] = workload.model.model_type
     found = trace(workload, strategy, lambda: build_from_config(config, workload.model.architecture, "sdpa"))
     measured = (row["measured"]["low_bytes"] + row["measured"]["high_bytes"]) / 2
     assert found.peak_allocated_bytes == pytest.approx(measured, rel=0.02)
