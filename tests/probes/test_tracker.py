@@ -113,16 +113,30 @@ def test_fake_backward_sums_in_place_as_a_real_one() -> None:
     assert highest <= 6 * 4096 + 1024
 
 
-@pytest.mark.parametrize("viewed", [False, True])
-def test_sums_of_gradients_are_made_where_the_real_engine_makes_them(viewed: bool) -> None:
-    """A gradient that is a view cannot be added to in place: its storage belongs to the tensor behind it as well."""
+def _scale(hidden: torch.Tensor) -> list[torch.Tensor]:
+    return [hidden * factor for factor in (3.0, 5.0, 7.0)]
+
+
+def _view(hidden: torch.Tensor) -> list[torch.Tensor]:
+    return [hidden.view(-1) * factor for factor in (3.0, 5.0, 7.0)]
+
+
+def _branch(hidden: torch.Tensor) -> list[torch.Tensor]:
+    return [hidden + hidden.exp() + hidden.sin()]
+
+
+def _index(hidden: torch.Tensor) -> list[torch.Tensor]:
+    return [hidden[[0]], hidden[[1, 2]], hidden[3:]]
+
+
+@pytest.mark.parametrize("make_parts", [_scale, _view, _branch, _index])
+def test_gradients_are_summed_where_the_real_engine_sums_them(make_parts) -> None:  # type: ignore[no-untyped-def]
+    """In the place of the first, unless it is a view or something else holds it; fake tensors always make a new one."""
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     def run(tracker: StorageTracker) -> list[int]:
         hidden = torch.zeros(32, 32, requires_grad=True) * 2
-        parts = [hidden.view(-1) * factor if viewed else hidden * factor for factor in (3.0, 5.0, 7.0)]
-        loss = sum(part.sum() for part in parts)
-        del parts
+        loss = sum(part.sum() for part in make_parts(hidden))
         first = len(tracker.events)
         torch.autograd.backward(loss)
         return [event.num_bytes for event in tracker.events[first:] if abs(event.num_bytes) >= 4096]

@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Category = Literal[
-    "parameter", "buffer", "gradient", "optimizer_state", "activation", "temporary", "input", "workspace"
+    "parameter", "buffer", "gradient", "optimizer_state", "activation", "temporary", "input", "workspace", "paged"
 ]
 Workspaces = Callable[[Any, tuple[Any, ...], Any], Iterable[int]]
 
@@ -26,6 +26,9 @@ BLOCK_BYTES = 512
 """The CUDA caching allocator hands out multiples of this. Source: c10/cuda/CUDACachingAllocator.cpp kMinBlockSize."""
 _ENGINE = ("_engine_run_backward", "graph.py")
 _LOOP = ("/brim/probes/step.py", "/brim/probes/preferences.py")
+# Autograd's functions that write a new tensor only because they meet a subclass: sums of gradients (input_buffer.cpp
+# accumulate), the gradient of indexing (torch/csrc/autograd/FunctionsManual.cpp index_backward).
+_IN_PLACE_IN_ENGINE = (torch.ops.aten.add.Tensor, torch.ops.aten.index_put.default)
 _MODES = ("_python_dispatch.py", "eval_frame.py", "_compile.py")
 
 
@@ -201,9 +204,9 @@ class StorageTracker(TorchDispatchMode):
         if self._workspaces is not None:
             for num_bytes in self._workspaces(func, args, result):
                 self._pass(num_bytes, func)
-        if func is torch.ops.aten.add.Tensor and _called_by_engine():
-            # A view shares its storage with the tensor it was made from, so the engine adds to it out of place.
-            addends = (one for one in args if isinstance(one, torch.Tensor) and not one._is_view())
+        if func in _IN_PLACE_IN_ENGINE and _called_by_engine():
+            # The engine adds to the gradient that came first, unless it is a view: another tensor holds its storage.
+            addends = (one for one in args[:1] if isinstance(one, torch.Tensor) and not one._is_view())
             self._sums = made, tuple(self.keys_of(addends))
 
     def _add(self, tensor: torch.Tensor, op: Any) -> int | None:
