@@ -23,7 +23,6 @@ from brim.cost.estimate import estimate
 from brim.errors import BrimError, ProbeFailed
 from brim.probes.model import build_from_config
 from brim.probes.trace import trace
-from brim.spec.recipe import Quantization
 from brim.tables.read import find_card
 from rows import HIDDEN_FROM_PREDICTOR, read_row
 
@@ -85,16 +84,6 @@ def test_what_is_not_traced_is_said(knobs: dict[str, object], words: str) -> Non
     case = Case("llama", **knobs)
     with pytest.raises(ProbeFailed, match=words):
         trace(case.workload, case.strategy, case.build)
-
-
-def test_quantised_bases_and_other_optimizers_are_refused() -> None:
-    case = Case("llama", method="lora")
-    recipe = replace(case.workload.recipe, method="qlora", quantization=Quantization(kind="nf4"))
-    with pytest.raises(ProbeFailed, match="method qlora: not traced yet"):
-        trace(replace(case.workload, recipe=recipe), case.strategy, case.build)
-    recipe = replace(case.workload.recipe, optimizer="adamw-8bit")
-    with pytest.raises(ProbeFailed, match="optimizer adamw-8bit: not traced yet"):
-        trace(replace(case.workload, recipe=recipe), case.strategy, case.build)
 
 
 def test_a_model_that_fails_is_told_in_one_line_with_its_place() -> None:

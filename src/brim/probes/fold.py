@@ -201,8 +201,8 @@ def _split(events: Sequence[Event], owners: Mapping[int, int]) -> list[_Run]:
         unit = event.layer
         if unit < 0 and event.key >= 0:
             unit = owners[event.key]
-            last = runs[-1].events[-1] if runs else event
-            if event.num_bytes < 0 < last.num_bytes and unit == runs[-1].unit - 1:
+            made = bool(runs) and any(one.num_bytes > 0 for one in runs[-1].events)
+            if event.num_bytes < 0 and made and unit == runs[-1].unit - 1:
                 unit += 1
         if not runs or runs[-1].unit != unit or not event.num_bytes:
             runs.append(_Run(unit, []))

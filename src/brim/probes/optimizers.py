@@ -129,7 +129,21 @@ def _make_adafactor(groups: Groups) -> torch.optim.Optimizer:
         from transformers.optimization import Adafactor
     except ImportError:
         raise MissingExtra(package="transformers", extra="trace", purpose="--by trace with Adafactor") from None
-    return Adafactor(groups, lr=_LEARNING_RATE, scale_parameter=False, relative_step=False)
+    optimizer = Adafactor(groups, lr=_LEARNING_RATE, scale_parameter=False, relative_step=False)
+    optimizer.state = _FactoredStates()  # type: ignore[assignment]
+    return optimizer
+
+
+class _FactoredStates(dict[torch.Tensor, dict[str, Any]]):
+    """Adafactor's first states, made from the parameter: its own, made from nothing, would belong to no layer."""
+
+    def __missing__(self, parameter: torch.Tensor) -> dict[str, Any]:
+        shape = parameter.shape
+        factors = {"exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": shape[:-2] + shape[-1:]}
+        shapes = factors if len(shape) >= 2 else {"exp_avg_sq": shape}
+        made = {name: parameter.new_zeros(size, dtype=torch.float32) for name, size in shapes.items()}
+        self[parameter] = {"step": 0, "RMS": 0, **made}
+        return self[parameter]
 
 
 def _make_muon(groups: Groups, how: dict[str, Any]) -> torch.optim.Optimizer:
@@ -169,7 +183,7 @@ def load_states(optimizer: torch.optim.Optimizer) -> None:
             continue
         described = _describe_states(part)
         for parameter, state in described.items():
-            part.state[parameter].update({key: _load(parameter, key, one) for key, one in state.items()})
+            part.state[parameter] = {key: _load(parameter, key, one) for key, one in state.items()}
 
 
 def _list_parts(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:

@@ -224,6 +224,7 @@ def _update(step: Step) -> None:
             step.scaler.unscale_(step.optimizer)
         trained = [parameter for group in step.optimizer.param_groups for parameter in group["params"]]
         torch.nn.utils.clip_grad_norm_(trained, _CLIPPING_NORM, foreach=True)
+        step.begin(OPTIMIZER_STEP)  # what clipping made for a layer is no part of the update's pass over the layers
     if step.scaler is None:
         step.optimizer.step()
     else:

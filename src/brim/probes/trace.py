@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from brim.cost.ledger import Estimate
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from brim.probes.fold import Pattern
     from brim.probes.inputs import MakeInputs
     from brim.probes.model import BuildModel
-    from brim.probes.tracker import StorageTracker
+    from brim.probes.tracker import Storage, StorageTracker
 
 
 def trace(
@@ -87,18 +87,22 @@ def _trace_quietly(
         stream = unfold(tracker.events, tracker.storages, pattern) if pattern else (tracker.events, tracker.storages)
         if stream is not None:
             folded = [f"{pattern.kept} of {pattern.num_layers} layers were run, alike ones repeated"] if pattern else []
-            return Traced(*stream, (*list_notes(tracker), *folded))
+            return Traced(*stream, (*list_notes(tracker), *folded), paged_bytes(tracker.storages, pattern))
     tracker, _ = follow_step(workload, strategy, build_model, make_inputs)
-    return Traced(tracker.events, tracker.storages, list_notes(tracker))
+    return Traced(tracker.events, tracker.storages, list_notes(tracker), paged_bytes(tracker.storages))
+
+
+def paged_bytes(storages: Mapping[int, Storage], pattern: Pattern | None = None) -> int:
+    """Return the bytes of paged optimizer states, those of layers that were left out among them."""
+    paged = [one for one in storages.values() if one.category == "paged"]
+    inner = sum(one.num_bytes for one in paged if pattern and pattern.unit_of(one.layer) == pattern.middle)
+    return sum(one.num_bytes for one in paged) + inner * (pattern.missing if pattern else 0)
 
 
 def refuse_untraced(workload: Workload, strategy: Strategy) -> None:
     """Raise ProbeFailed for what the trace does not run yet; nothing is ever left out in silence."""
     recipe, engine = workload.recipe, workload.recipe.engine
     untraced = {
-        f"optimizer {recipe.optimizer}": recipe.optimizer not in ("adamw", "adam", "adamw_torch", "adamw_torch_fused"),
-        "an fp32 master copy of the weights": recipe.master_weights,
-        f"gradients in {recipe.gradient_dtype}": recipe.gradient_dtype is not None,
         "torch.compile": strategy.compile,
         f"offload of {strategy.offload}": strategy.offload != "none",
         "more than one device": strategy.mesh.num_devices > 1 or strategy.zero_stage > 0,
