@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from brim.cost.ledger import Moment
-from brim.probes.stream import MODEL_PHASE, Traced, list_moments
+from brim.probes.stream import UNCOUNTED, Traced, list_moments
 from brim.probes.tracker import BLOCK_BYTES, Event
 
 SOLVED_AT = (2, 3)
@@ -66,10 +66,10 @@ class Solved:
             if num_bytes:
                 sign = 1 if num_bytes > 0 else -1
                 fixed, slope = fixed + sign * self.lines[key].fixed, slope + sign * self.lines[key].per_sequence
-            if phase != MODEL_PHASE and slope > 0:
+            if phase not in UNCOUNTED and slope > 0:
                 bound = (budget_bytes - fixed) // slope
                 most = bound if most is None else min(most, bound)
-            elif phase != MODEL_PHASE and fixed > budget_bytes:
+            elif phase not in UNCOUNTED and fixed > budget_bytes:
                 return 0
         found = most or 0
         while found > 0 and self.peak_bytes(found) > budget_bytes:

@@ -22,6 +22,7 @@ from brim.probes.offload import SavedTensors, spare_head
 from brim.probes.optimizers import host_states, make_optimizer, paged_states, start_states
 from brim.probes.preferences import pair_inputs, plan_preferences
 from brim.probes.rows import flatten, row_masks, shares_rows
+from brim.probes.stream import END_OF_STEP
 from brim.probes.tracker import StorageTracker
 from brim.probes.watch import EVALUATION, FIRST_STEP, FORWARD, LOSS_BACKWARD, OPTIMIZER_STEP, watch
 from brim.spec.recipe import Recipe
@@ -137,6 +138,7 @@ def run_steps(step: Step) -> None:
             _accumulate(step)
             _update(step)
             step.first = False
+            step.tracker.begin(END_OF_STEP)
         if step.recipe.engine.evaluates:
             _evaluate(step)
 

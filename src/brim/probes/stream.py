@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 MODEL_PHASE = "model"
 """Phase in which the model takes its memory; no moment of the step."""
+END_OF_STEP = "end of step"
+"""Phase between an optimizer step and the next micro-batch; no moment either."""
+UNCOUNTED = (MODEL_PHASE, END_OF_STEP)
+"""Phases that are no moments of the step."""
 _MOST_TENSORS = 10
+_MOST_REPEATS = 8
 _LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
@@ -42,10 +47,14 @@ def read_estimate(workload: Workload, strategy: Strategy, traced: Traced) -> Est
     """Return the estimate that a stream of allocations means on the workload's device."""
     moments = list_moments(traced.events, traced.storages)
     peak = max(moments, key=lambda moment: moment.total_bytes)
-    reserved = replay(traced.events, expandable=strategy.allocator == "expandable_segments")
+    context = context_bytes(workload.cluster.device)
+    reserved = replay(
+        traced.events, expandable=strategy.allocator == "expandable_segments",
+        capacity_bytes=workload.cluster.device.capacity_bytes - context,
+    )  # fmt: skip
     return Estimate(
         source="trace", moments=moments, peak_allocated_bytes=peak.total_bytes, peak_reserved_bytes=reserved,
-        device_bytes=reserved + context_bytes(workload.cluster.device) + traced.outside_bytes, peak_moment=peak.name,
+        device_bytes=reserved + context + traced.outside_bytes, peak_moment=peak.name,
         margin_bytes=margin_bytes("trace", peak.total_bytes),
         notes=(*_list_assumptions(workload, strategy), *traced.notes),
         tensors=list_tensors(traced.events, traced.storages),
@@ -64,16 +73,57 @@ def _list_assumptions(workload: Workload, strategy: Strategy) -> Iterator[str]:
         yield "evaluation runs with the training micro-batch"
 
 
-def replay(events: Iterable[Event], *, expandable: bool = False) -> int:
-    """Return the most bytes the caching allocator reserves over a stream."""
-    allocator = CachingAllocator(expandable=expandable)
+def replay(events: Sequence[Event], *, expandable: bool = False, capacity_bytes: int | None = None) -> int:
+    """Return the most bytes the caching allocator reserves over a run whose second step is repeated.
+
+    A pool is cut up differently each time until it has a block for everything: the second step is played again until
+    it needs no further segment.
+
+    Args:
+        events: two optimizer steps.
+        expandable: whether segments grow (`expandable_segments:True`).
+        capacity_bytes: what the process may reserve; free segments are given back when it is reached.
+    """
+    allocator = CachingAllocator(expandable=expandable, capacity_bytes=capacity_bytes)
+    first, second = _find_steps(events)
+    _play(allocator, events[:second])
+    step = events[first:second]
+    passes = _pair_lasting(step) if second > first else None
+    for _ in range(_MOST_REPEATS if passes is not None else 0):
+        reserved = allocator.peak_reserved_bytes
+        for older, newer in passes or ():
+            allocator.rename(newer, older)
+        _play(allocator, step)
+        if allocator.peak_reserved_bytes == reserved:
+            break
+    _play(allocator, events[second:])
+    return allocator.peak_reserved_bytes
+
+
+def _play(allocator: CachingAllocator, events: Iterable[Event]) -> None:
     allocate, free = allocator.allocate, allocator.free
     for key, num_bytes, _, _ in events:
         if num_bytes > 0:
             allocate(key, num_bytes)
         elif num_bytes < 0:
             free(key)
-    return allocator.peak_reserved_bytes
+
+
+def _find_steps(events: Sequence[Event]) -> tuple[int, int]:
+    """Return where the second optimizer step begins and ends; twice the end of the stream if it has fewer."""
+    ends = [index for index, event in enumerate(events) if not event.num_bytes and event.phase == END_OF_STEP]
+    return (ends[0], ends[1]) if len(ends) > 1 else (len(events), len(events))
+
+
+def _pair_lasting(step: Sequence[Event]) -> list[tuple[int, int]] | None:
+    """Return storages from before the step with those that stand for them after it; None if they do not match."""
+    made = {event.key: event.num_bytes for event in step if event.num_bytes > 0}
+    freed = {event.key: -event.num_bytes for event in step if event.num_bytes < 0}
+    older = [(key, size) for key, size in freed.items() if key not in made]
+    newer = [(key, size) for key, size in made.items() if key not in freed]
+    if [size for _, size in older] != [size for _, size in newer]:
+        return None
+    return [(one, other) for (one, _), (other, _) in zip(older, newer, strict=True)]
 
 
 def list_moments(events: Iterable[Event], storages: Mapping[int, Storage]) -> tuple[Moment, ...]:
@@ -87,7 +137,7 @@ def list_moments(events: Iterable[Event], storages: Mapping[int, Storage]) -> tu
         if num_bytes:
             live[storages[key].category] += num_bytes
             total += num_bytes
-        if total > highest and now != MODEL_PHASE:
+        if total > highest and now not in UNCOUNTED:
             highest = total
             best[now] = total, live.copy()
     return tuple(Moment(name=name, ledger=_ledger(rows)) for name, (_, rows) in best.items())
@@ -113,7 +163,7 @@ def _live_at_peak(events: Sequence[Event]) -> list[int]:
     total = highest = peak = 0
     for index, (_, num_bytes, phase, _) in enumerate(events):
         total += num_bytes
-        if total > highest and phase != MODEL_PHASE:
+        if total > highest and phase not in UNCOUNTED:
             highest, peak = total, index
     live: dict[int, None] = {}
     for key, num_bytes, _, _ in events[: peak + 1]:

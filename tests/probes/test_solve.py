@@ -1,0 +1,62 @@
+"""Two micro-batches traced give every other one: to the byte, against a trace of its own."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from real_steps import Case
+
+from brim.probes.solve import SOLVED_AT, Solved, solve
+from brim.probes.stream import Traced, list_moments, replay
+from brim.probes.trace import trace_step
+
+CASES = {
+    "llama, lora, checkpointed": lambda: Case(
+        "llama", method="lora", dtype="bf16", attention="sdpa", gradient_accumulation_steps=2,
+        activation_checkpointing="full",
+    ),
+    "qwen3_moe, full": lambda: Case("qwen3_moe", dtype="bf16", attention="sdpa", gradient_accumulation_steps=2),
+}  # fmt: skip
+
+
+def trace_at(case: Case, micro_batch_size: int) -> Traced:
+    return trace_step(case.workload, replace(case.strategy, micro_batch_size=micro_batch_size), case.build)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]()
+
+
+@pytest.fixture(scope="module")
+def solved(case: Case) -> Solved:
+    found = solve(*(trace_at(case, size) for size in SOLVED_AT))
+    assert found is not None
+    return found
+
+
+def test_a_solved_micro_batch_is_the_traced_one_to_the_byte(case: Case, solved: Solved) -> None:
+    whole, known = trace_at(case, 5), solved.trace_at(5)
+    assert [event[1:] for event in known.events] == [event[1:] for event in whole.events]
+    assert list_moments(known.events, known.storages) == list_moments(whole.events, whole.storages)
+    assert replay(known.events) == replay(whole.events)
+
+
+def test_the_largest_within_a_budget_just_fits(solved: Solved) -> None:
+    for size in (2, 5, 9):
+        assert solved.largest_within(solved.peak_bytes(size)) == size
+        assert solved.largest_within(solved.peak_bytes(size) - 1) == size - 1
+    assert solved.largest_within(1) == 0
+
+
+def test_streams_that_differ_in_more_than_sizes_are_not_solved(case: Case) -> None:
+    small, large = (trace_at(case, size) for size in SOLVED_AT)
+    assert solve(small, replace(large, events=large.events[:-1])) is None
