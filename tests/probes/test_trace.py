@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import torch
-from real_steps import Case
 
 from brim.cost.estimate import estimate
 from brim.errors import BrimError, ProbeFailed
 from brim.probes.model import build_from_config
 from brim.probes.trace import trace
 from brim.tables.read import find_card
+from real_steps import Case
 from rows import HIDDEN_FROM_PREDICTOR, read_row
 
 TRUTH = Path(__file__).parents[2] / "benchmarks" / "truth" / "memory.jsonl"
