@@ -82,7 +82,7 @@ def _trace_quietly(
 ) -> Traced:
     from brim.probes.fold import unfold
 
-    if fold:
+    if fold and workload.recipe.method != "prefix-tuning":  # the prefixes of all layers are one parameter
         tracker, pattern = follow_step(workload, strategy, build_model, make_inputs, fold=True)
         stream = unfold(tracker.events, tracker.storages, pattern) if pattern else (tracker.events, tracker.storages)
         if stream is not None:
