@@ -39,9 +39,13 @@ _CAUSAL = ("ForCausalLM", "LMHeadModel")
 def replace_loss(model: torch.nn.Module, recipe: Recipe, strategy: Strategy) -> None:
     """Let the model compute its loss as the strategy's loss kernel and the engine do.
 
+    Training on pairs has a loss of its own and is left alone.
+
     Raises:
         ProbeFailed: the model has no output matrix over a vocabulary that the kernel could take over.
     """
+    if recipe.preference is not None:
+        return
     get_inner = getattr(model, "get_base_model", None)
     inner = get_inner() if get_inner is not None else model
     kernel, engine = strategy.loss_kernel, recipe.engine
