@@ -277,8 +277,8 @@ _DENSE = (
 )  # fmt: skip
 CASES: dict[str, Callable[[], Case]] = {
     **{f"{family}, full, foreach": lambda family=family: Case(family) for family in _DENSE},
-    "mixtral, full, grouped experts": lambda: Case("mixtral", experts="grouped_mm"),
-    "qwen3_moe, full, grouped experts": lambda: Case("qwen3_moe", experts="grouped_mm"),
+    "mixtral, full, bf16, grouped experts": lambda: Case("mixtral", dtype="bf16", experts="grouped_mm"),
+    "qwen3_moe, full, bf16, grouped experts": lambda: Case("qwen3_moe", dtype="bf16", experts="grouped_mm"),
     "llama, full, loop over tensors": lambda: Case("llama", optimizer_kernel="loop"),
     "llama, full, fused": lambda: Case("llama", optimizer_kernel="fused"),
     "gpt2, full, fused, 2 micro-batches": lambda: Case(
