@@ -20,11 +20,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+import torch
 import transformers
 from transformers.models.auto import configuration_auto, modeling_auto
 
 from brim.errors import BrimError, ProbeFailed
-from brim.probes.model import BuildModel
 from brim.probes.trace import trace
 from brim.spec.data import DataProfile
 from brim.spec.device import Cluster
@@ -53,11 +53,25 @@ HEADS = {
     "video classification": "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES",
 }  # fmt: skip
 _DEPTH = 2
-_DEPTHS = (
-    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers", "num_encoder_layers", "encoder_layers", "decoder_layers",
-    "depth", "num_blocks", "encoder_num_hidden_layers", "decoder_num_hidden_layers", "num_hidden_groups",
-)  # fmt: skip
 _LENGTH, _BATCH, _SECONDS, _LONGEST = 128, 2, 60, 1 << 15
+_DEPTHS = (
+    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers", "num_encoder_layers",
+    "encoder_layers", "decoder_layers", "depth", "num_blocks", "encoder_num_hidden_layers",
+    "decoder_num_hidden_layers", "num_hidden_groups",
+)  # fmt: skip
+_DTYPE_WORDS = ("expected scalar type", "Unsupported dtype", "should be the same", "expected m1 and m2")
+_IMAGES = {"vision_config": {"image_size": 896}}
+_NEEDED: dict[str, dict[str, Any]] = {
+    "gemma3": _IMAGES, "deepseek_v2": {"num_experts_per_tok": 6, "moe_intermediate_size": 1408},
+    "dots1": {"n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 4},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "reformer": {"is_decoder": True, "axial_pos_shape": [8, 16]}, "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 12}, "longcat_flash": {"n_routed_experts": 16}, "esm": {"vocab_size": 33},
+    "openai_privacy_filter": {"num_local_experts": 16},
+    "voxtral": {"audio_token_id": 24},
+    "perceiver": {"max_position_embeddings": _LENGTH}, "lfm2_moe": {"num_hidden_layers": 4},
+}  # fmt: skip
+"""What a default config lacks or has wrong: checkpoints of the model set it."""
 
 
 class Case(NamedTuple):
@@ -87,56 +101,110 @@ def list_cases() -> Iterator[Case]:
 
 
 def shrink_config(model_type: str) -> Any:
-    """Return the default config of a model type with two layers in every stack."""
+    """Return the default config of a model type, cut to the fewest layers that hold every kind of layer."""
     kind = configuration_auto.CONFIG_MAPPING[model_type]
-    return kind(**_shallow(kind()))
+    changes = _shallow(kind())
+    for name, value in _NEEDED.get(model_type, {}).items():
+        changes[name] = changes.get(name, {}) | value if isinstance(value, dict) else value
+    return kind(**changes)
 
 
 def _shallow(config: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    period = max((value for name, value in vars(config).items() if _is_period(name, value)), default=0)
+    found = _fill_in(config)
+    depth = _count_needed(config)
     for name, value in vars(config).items():
         if hasattr(value, "to_dict"):
             inner = _shallow(value)
             if inner:
                 found[name] = {"model_type": value.model_type} | inner
-        elif config.attribute_map.get(name, name) in _DEPTHS and isinstance(value, int) and value > _DEPTH:
-            found[name] = min(value, max(_DEPTH, period))
+            text = vars(config).get("text_config")
+            if "out_hidden_size" in vars(value) and text is not None and hasattr(text, "hidden_size"):
+                inner = {"model_type": value.model_type} | inner
+                found[name] = inner | {"out_hidden_size": text.hidden_size}
+        elif config.attribute_map.get(name, name) in _DEPTHS and isinstance(value, int) and value > depth:
+            found[name] = depth
+        elif _lists_layers(config, name, value):
+            found[name] = value[:depth]
     return found
+
+
+def _fill_in(config: Any) -> dict[str, Any]:
+    """Numbers that stand open in a default config and in no checkpoint's."""
+    given = vars(config)  # an attribute that differs by layer refuses to be read
+    heads = given.get("num_attention_heads")
+    found: dict[str, Any] = {}
+    if given.get("pad_token_id", 0) is None:
+        found["pad_token_id"] = 0
+    if isinstance(heads, int) and given.get("num_key_value_heads", 0) is None:
+        found["num_key_value_heads"] = heads
+    if isinstance(heads, int) and given.get("head_dim", 0) is None:
+        found["head_dim"] = config.hidden_size // heads
+    if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
+        found["decoder_start_token_id"] = 0
+    return found
+
+
+def _lists_layers(config: Any, name: str, value: Any) -> bool:
+    layers = vars(config).get("num_hidden_layers", vars(config).get("num_layers"))
+    return isinstance(value, list) and "layer" in name and len(value) > _DEPTH and len(value) == layers
+
+
+def _count_needed(config: Any) -> int:
+    period = max((value for name, value in vars(config).items() if _is_period(name, value)), default=0)
+    needed = [_DEPTH, period]
+    for name, value in vars(config).items():
+        if _lists_layers(config, name, value) and isinstance(value[0], (str, int)):
+            needed.append(1 + max(value.index(kind) for kind in set(value)))
+    return max(needed)
 
 
 def _is_period(name: str, value: Any) -> bool:
     return isinstance(value, int) and name.endswith(("_period", "_interval")) and 1 < value <= 8
 
 
-def trace_case(case: Case, length: int = _LENGTH) -> int:
-    """Return the peak bytes of one training step of a tiny model.
+def trace_case(case: Case, length: int = _LENGTH, dtype: str = "bf16") -> int:
+    """Return the peak bytes of one training step of a shallow model.
 
     Raises:
         ProbeFailed: it does not trace.
     """
+    config = find_config(case)
+    workload, strategy = plan_case(case, length, dtype)
     kind = getattr(transformers, case.architecture)
-    config = shrink_config(case.model_type)
-    workload, strategy = plan_case(case, length)
+    weights = torch.bfloat16 if dtype == "bf16" else torch.float32
     try:
-        return trace(workload, strategy, lambda: kind._from_config(config), fold=False).peak_allocated_bytes
+        found = trace(workload, strategy, lambda: kind._from_config(config, dtype=weights), fold=False)
     except ProbeFailed as error:
-        needed = getattr(error, "num_tokens", None)
-        if needed and length < needed < _LONGEST:
-            return trace_case(case, needed + _LENGTH)
+        needed = error.facts.get("num_tokens", 0)
+        if length < needed < _LONGEST:
+            return trace_case(case, needed + _LENGTH, dtype)
         raise
+    return found.peak_allocated_bytes
 
 
-def plan_case(case: Case, length: int = _LENGTH) -> tuple[Workload, Strategy]:
-    """Return full training in bf16 of a model brim's formula need not know."""
+def find_config(case: Case) -> Any:
+    """Return the shallow config that a class takes: of a composed one, the part it is made for."""
+    config, wanted = shrink_config(case.model_type), getattr(transformers, case.architecture).config_class
+    if wanted is None or isinstance(config, wanted):
+        return config
+    parts = [one for one in vars(config).values() if isinstance(one, wanted)]
+    return parts[0] if parts else config
+
+
+def plan_case(case: Case, length: int = _LENGTH, dtype: str = "bf16") -> tuple[Workload, Strategy]:
+    """Return full training of a model brim's formula need not know."""
     shape = ModelShape(
         name=case.model_type, model_type=case.model_type, architecture=case.architecture, hidden_size=1, vocab_size=1,
-        max_position_embeddings=None, tie_word_embeddings=False, embeddings=(), groups=(), head=(), final_norm="none",
+        max_position_embeddings=None, tie_word_embeddings=False, embeddings=(), groups=(), head=(),
+        final_norm="rmsnorm",
     )  # fmt: skip
     batch = BatchTarget(sequences=2, tokens=256, low=1, high=2, min_useful=1, max_useful=2, reason="benchmark")
     workload = Workload(
         model=shape, data=DataProfile(seq_len=length, packing=True), batch=batch, task="fine-tuning",
-        recipe=Recipe(method="full", engine=Engine(name="transformers", evaluates=False)),
+        recipe=Recipe(
+            method="full", weight_dtype=dtype, compute_dtype=dtype,  # type: ignore[arg-type]
+            engine=Engine(name="transformers", evaluates=False),
+        ),
         cluster=Cluster(device=find_device("h100-80gb")),
     )  # fmt: skip
     return workload, Strategy(micro_batch_size=_BATCH, gradient_accumulation_steps=1)
@@ -149,8 +217,7 @@ def run_cases(cases: list[Case]) -> Iterator[Row]:
         started = time.monotonic()
         signal.alarm(_SECONDS)
         try:
-            trace_case(case)
-            outcome = "traced"
+            outcome = _try_dtypes(case)
         except BrimError as error:
             outcome = str(error)
         except Exception as error:  # the default config, cut short, is refused by the model's own constructor
@@ -158,6 +225,17 @@ def run_cases(cases: list[Case]) -> Iterator[Row]:
         finally:
             signal.alarm(0)
         yield Row(case, outcome[:300].replace("|", "/"), time.monotonic() - started)
+
+
+def _try_dtypes(case: Case) -> str:
+    """Some code runs in fp32 alone, on a card too."""
+    try:
+        trace_case(case)
+    except ProbeFailed as error:
+        if not any(words in str(error) for words in _DTYPE_WORDS):
+            raise
+        trace_case(case, dtype="fp32")
+    return "traced"
 
 
 def _give_up(_: int, __: FrameType | None) -> None:
@@ -195,7 +273,9 @@ def _collect(jobs: int, only: str) -> list[Row]:
     command = [sys.executable, __file__, "--only", only, "--jobs", str(jobs), "--shard"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     runs = [
-        subprocess.Popen([*command, str(index)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+        subprocess.Popen(
+            [*command, str(index)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        )
         for index in range(jobs)
     ]  # fmt: skip
     rows = []

@@ -31,7 +31,7 @@ _UNTRACED = {
     "ObjectDetection": "its loss matches boxes with scipy on the host",
     "UniversalSegmentation": "its loss matches masks with scipy on the host",
     "InstanceSegmentation": "its loss matches masks with scipy on the host",
-    "Segmentation": "its loss matches masks with scipy on the host",
+    "ForSegmentation": "its loss matches masks with scipy on the host",
 }  # fmt: skip
 
 

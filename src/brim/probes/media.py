@@ -14,7 +14,7 @@ Make = Callable[[], torch.Tensor]
 Media = dict[int, int]
 """Id of a placeholder token -> how many of them stand in one sequence."""
 
-_GRID = 32
+_GRID, _POOLED = 32, 16
 _SECONDS, _SAMPLES_PER_SECOND, _FRAMES = 10, 16_000, 1000
 _IMAGE_TOKENS = (
     "image_token_id", "image_token_index", "im_patch_id", "media_placeholder_token_id", "image_soft_token_id",
@@ -74,25 +74,32 @@ def _list_image_forms(request: Any) -> Iterator[dict[str, Make]]:
         grid = [[1, _GRID, _GRID]] * batch
         for shape in ((rows, channels * frames * patch * patch), (rows, channels, patch, patch)):
             yield _given(
-                takes, pixel_values=_zeros(shape), image_grid_thw=lambda: torch.tensor(grid),
+                takes, pixel_values=_values(request, shape), image_grid_thw=lambda: torch.tensor(grid),
                 image_merge_sizes=lambda: torch.tensor([first_number(vision, ("spatial_merge_size",), 2)] * batch),
             )  # fmt: skip
     height, width = find_size(config)
     sizes = torch.tensor([[height, width]] * batch).tolist()
-    extra: dict[str, Make] = {"image_sizes": lambda: torch.tensor(sizes)}
     tiles = first_number(vision, ("max_num_tiles",), 1)
     if "aspect_ratio_ids" in takes:
         yield _given(
-            takes, pixel_values=_zeros((batch, 1, tiles, channels, height, width)),
+            takes, pixel_values=_values(request, (batch, 1, tiles, channels, height, width)),
             aspect_ratio_ids=lambda: torch.ones(batch, 1, dtype=torch.long),
             aspect_ratio_mask=lambda: torch.ones(batch, 1, tiles, dtype=torch.long),
             cross_attention_mask=lambda: torch.ones(batch, request.length, 1, tiles, dtype=torch.long),
+        )  # fmt: skip
+    if "image_position_ids" in takes:
+        kernel, patch = first_number(vision, ("pooling_kernel_size",), 3), first_number(vision, ("patch_size",), 16)
+        side = _POOLED * kernel
+        places = [[[at % side, at // side] for at in range(side * side)]] * batch
+        yield _given(
+            takes, pixel_values=_values(request, (batch, side * side, channels * patch * patch)),
+            image_position_ids=lambda: torch.tensor(places),
         )  # fmt: skip
     if "spatial_shapes" in takes:
         patch = first_number(vision, ("patch_size",), 16)
         side = height // patch if height >= patch else 16
         yield _given(
-            takes, pixel_values=_zeros((batch, side * side, channels * patch * patch)),
+            takes, pixel_values=_values(request, (batch, side * side, channels * patch * patch)),
             spatial_shapes=lambda: torch.tensor([[side, side]] * batch),
             pixel_attention_mask=lambda: torch.ones(batch, side * side, dtype=torch.long),
         )  # fmt: skip
@@ -104,15 +111,19 @@ def _list_image_forms(request: Any) -> Iterator[dict[str, Make]]:
     elif frames:
         forms = [(batch, frames, channels, height, width), flat]
     for shape in forms:
-        yield _given(takes, pixel_values=_zeros(shape), **extra)
+        yield _given(takes, pixel_values=_values(request, shape))
+        if "image_sizes" in takes:
+            yield _given(takes, pixel_values=_values(request, shape), image_sizes=lambda: torch.tensor(sizes))
 
 
 def _given(takes: frozenset[str], **makers: Make) -> dict[str, Make]:
     return {name: make for name, make in makers.items() if name in takes}
 
 
-def _zeros(shape: tuple[int, ...]) -> Make:
-    return lambda: torch.zeros(shape)
+def _values(request: Any, shape: tuple[int, ...]) -> Make:
+    """Values in the weights' dtype, none of them zero: some models take empty images for padding."""
+    dtype = next((one.dtype for one in request.model.parameters() if one.is_floating_point()), torch.float32)
+    return lambda: torch.ones(shape, dtype=dtype)
 
 
 def _add_sound(request: Any, makers: MutableMapping[str, Make]) -> Media:
@@ -143,9 +154,10 @@ def _list_sound_forms(request: Any) -> Iterator[dict[str, Make]]:
     transposed = first_of_all(config, ("input_feat_per_channel", "feature_projection_input_dim"), 0)
     for shape in (by_frame, by_band) if transposed else (by_band, by_frame):
         yield _given(
-            takes, input_features=_zeros(shape),
+            takes, input_features=_values(request, shape),
             feature_attention_mask=lambda: torch.ones(batch, frames, dtype=torch.long),
-            input_features_mask=lambda: torch.ones(batch, frames, dtype=torch.bool),
+            input_features_mask=lambda: torch.ones(batch, frames, dtype=torch.long),
+            padding_mask=lambda: torch.ones(batch, frames, dtype=torch.long),
         )  # fmt: skip
 
 
@@ -153,9 +165,9 @@ def _waves(request: Any) -> Make:
     """Sound as samples, or as the spectrogram a transformer over patches reads."""
     config, batch = request.config, request.batch
     if hasattr(config, "num_mel_bins") and hasattr(config, "max_length") and hasattr(config, "frequency_stride"):
-        return _zeros((batch, config.max_length, config.num_mel_bins))
+        return _values(request, (batch, config.max_length, config.num_mel_bins))
     samples = _SECONDS * _SAMPLES_PER_SECOND
-    return _zeros((batch, samples))
+    return _values(request, (batch, samples))
 
 
 def count_tokens(model: Any, medium: str, given: Mapping[str, Make]) -> int:
@@ -167,15 +179,11 @@ def count_tokens(model: Any, medium: str, given: Mapping[str, Make]) -> int:
                 continue
             takes = inspect.signature(method).parameters
             whole = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in takes.values())
-            inputs = {key: make() for key, make in given.items() if key in takes or (whole and key == "pixel_values")}
+            hidden = whole and not any(name in takes for name in ("pixel_values", "input_features"))
+            inputs = {key: make() for key, make in given.items() if key in takes or hidden}
             with torch.no_grad():
-                return _count_rows(method(**_cast(inputs, model)))
+                return _count_rows(method(**inputs))
     return 0
-
-
-def _cast(inputs: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
-    dtype = next(one.dtype for one in model.parameters() if one.is_floating_point())
-    return {key: one.to(dtype) if one.is_floating_point() else one for key, one in inputs.items()}
 
 
 def _count_rows(features: Any) -> int:

@@ -20,7 +20,7 @@ from brim.probes.experts import spread_evenly
 Choose = Callable[[tuple[int, ...], int], torch.Tensor]
 """Returns indices of a shape below a count: whom unknown scores elect, best first in the last dim."""
 
-_MOST_WHOLE, _MOST_FLOAT = 1 << 26, 1 << 16
+_MOST_WHOLE, _MOST_FLOAT = 1 << 26, 1 << 22
 _NAME = "_brim_value"
 _MIDDLE = 0.5
 _aten = torch.ops.aten
