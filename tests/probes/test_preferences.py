@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,27 +15,24 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("trl")
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import peft
 import torch
 from datasets import Dataset
-from real_steps import BATCH, LENGTH, Case
+from meter import measure_peak, trace_peak
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
-from brim.probes.model import give_tensors, prepare_model
-from brim.probes.preferences import follow_reference, prepare_reference
-from brim.probes.step import plan_step, run_steps
+from brim.errors import ProbeFailed
+from brim.probes.preferences import pair_inputs
 from brim.probes.trace import trace
-from brim.probes.tracker import StorageTracker
-from brim.probes.values import KnownValues
 from brim.spec.recipe import Engine, Preference
+from real_steps import BATCH, LENGTH, Case
 
-STEPS = 3
+STEPS = 2
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +42,8 @@ def _quiet() -> None:
 
 def pair_case(reference: str, method: str, **knobs: object) -> Case:
     engine = Engine(name="trl-dpo", evaluates=False)
-    case = Case("llama", engine=engine, method=method, **{"loss_kernel": "chunked", "optimizer_kernel": "fused", **knobs})
+    chosen = {"loss_kernel": "chunked", "optimizer_kernel": "fused", **knobs}
+    case = Case("llama", engine=engine, method=method, **chosen)  # type: ignore[arg-type]
     recipe = replace(case.workload.recipe, preference=Preference(reference=reference))  # type: ignore[arg-type]
     case.workload = replace(case.workload, recipe=recipe)
     return case
@@ -57,8 +56,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", bos_token="<s>")
 
 
-def measure_peak(case: Case, folder: Path) -> int:
-    """Return the most bytes TRL's trainer takes above what its models take."""
+def train(case: Case, folder: Path) -> Callable[[], Any]:
+    """Return TRL's training loop over pairs as long as the case's sequences."""
     answer = " ".join("b" * (LENGTH - 2))
     rows = [{"prompt": "a ", "chosen": answer, "rejected": answer}] * (BATCH * STEPS)
     recipe, strategy = case.workload.recipe, case.strategy
@@ -66,7 +65,7 @@ def measure_peak(case: Case, folder: Path) -> int:
         output_dir=str(folder), per_device_train_batch_size=BATCH, bf16=False, use_cpu=True, max_steps=STEPS,
         gradient_checkpointing=strategy.activation_checkpointing == "full", optim="adamw_torch_fused",
         gradient_accumulation_steps=1, report_to=[], save_strategy="no", max_length=LENGTH, logging_steps=1,
-        precompute_ref_log_probs=recipe.preference.reference == "precomputed",
+        precompute_ref_log_probs=recipe.preference.reference == "precomputed", disable_tqdm=True,
     )  # fmt: skip
     lora = None
     if recipe.lora is not None:
@@ -78,37 +77,7 @@ def measure_peak(case: Case, folder: Path) -> int:
         train_dataset=Dataset.from_list(rows), processing_class=make_tokenizer(), peft_config=lora,
     )  # fmt: skip
     assert next(iter(trainer.get_train_dataloader()))["input_ids"].shape == (2 * BATCH, LENGTH)
-    gc.collect()  # what an earlier profile saw allocated would be seen freed
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as session:
-        trainer.train()
-    live = highest = 0
-    for event in sorted(session.profiler.kineto_results.events(), key=lambda one: one.start_ns()):
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            highest = max(highest, live)
-    return highest
-
-
-def trace_peak(case: Case) -> int:
-    """Return the same of the step on fake tensors, with the CPU's kernels and without rounding."""
-    recipe = case.workload.recipe
-    model = prepare_model(case.build, recipe, case.strategy)
-    reference = prepare_reference(case.build, recipe, case.strategy, shorten=None)
-    tracker, known = StorageTracker(scalar=1.0, kind=FakeTensor, block_bytes=1), KnownValues()
-    tracker.read_scalar = known.read_scalar
-    with FakeTensorMode(), known:
-        give_tensors(model)
-        tracker.follow((*model.parameters(), *model.buffers()), "parameter")
-        follow_reference(reference, tracker)
-        given = sum(event.num_bytes for event in tracker.events)
-        step = plan_step(case.workload, case.strategy, model, case.make_inputs, tracker, reference)
-        with tracker:
-            run_steps(step)
-    live = highest = 0
-    for event in tracker.events:
-        live += event.num_bytes
-        highest = max(highest, live)
-    return highest - given
+    return trainer.train
 
 
 CASES = {
@@ -125,5 +94,49 @@ SLOW = {
 @pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_the_peak_is_that_of_trls_trainer(name: str, tmp_path: Path) -> None:
     case = (CASES | SLOW)[name]()
-    real, traced = measure_peak(case, tmp_path), trace_peak(case)
-    assert traced == pytest.approx(real, rel=0.01), (name, real, traced)
+    real, traced = measure_peak(train(case, tmp_path)), trace_peak(case)
+    assert traced == pytest.approx(real, rel=0.002), (name, real, traced)
+
+
+def card_case(reference: str, method: str = "full", depth: int = 2) -> Case:
+    return pair_case(reference, method, dtype="bf16", attention="sdpa", depth=depth)
+
+
+def highest(case: Case, **knobs: Any) -> dict[str, Any]:
+    found = trace(case.workload, case.strategy, case.build, **knobs)
+    return {moment.name: moment.ledger for moment in found.moments}
+
+
+def test_a_second_model_is_counted_once_and_runs_after_the_first() -> None:
+    alone, both = highest(card_case("precomputed")), highest(card_case("model"))
+    assert "reference forward" in both and "reference forward" not in alone
+    weights = 2 * sum(one.numel() for one in card_case("model").build().parameters())
+    second = both["loss"].parameters - alone["loss"].parameters
+    assert second == pytest.approx(weights, rel=0.01)
+    # What the first model keeps for its backward pass waits meanwhile.
+    assert both["reference forward"].activations >= alone["loss backward"].activations * 0.95
+
+
+def test_an_adapter_switched_off_costs_no_second_model() -> None:
+    without, adapter = highest(card_case("precomputed", "lora")), highest(card_case("adapter", "lora"))
+    assert adapter["loss"].parameters == without["loss"].parameters
+    assert "reference forward" in adapter
+
+
+@pytest.mark.slow
+def test_pairs_fold_like_single_answers() -> None:
+    folded, whole = highest(card_case("model", depth=6)), highest(card_case("model", depth=6), fold=False)
+    assert folded == whole
+
+
+def test_on_a_card_no_copy_of_a_tile_is_made() -> None:
+    """Triton kernels write into the one tile; PyTorch's stand-ins for other devices make several of its size."""
+    case = card_case("precomputed")
+    tile = 2 * BATCH * (LENGTH - 1) * 32_768 * 2
+    assert highest(case)["loss"].temporaries < 1.1 * tile + 2**20
+
+
+def test_inputs_that_are_no_text_are_refused() -> None:
+    case = card_case("precomputed")
+    with pytest.raises(ProbeFailed, match="pairs of answers with pixel_values"):
+        pair_inputs(lambda: {**case.make_inputs(), "pixel_values": torch.zeros(1)}, case.workload.recipe)()

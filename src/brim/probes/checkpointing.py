@@ -56,6 +56,11 @@ def offloads_saved_tensors(engine: Engine) -> bool:
     return engine.name.lower().startswith("trl")
 
 
+def spans_layers(strategy: Strategy, engine: Engine) -> bool:
+    """Whether what stays of one layer depends on several later ones, so that few layers do not tell what many do."""
+    return strategy.activation_offload and offloads_saved_tensors(engine)
+
+
 def _enable(model: torch.nn.Module, options: dict[str, Any]) -> None:
     enable = getattr(model, "gradient_checkpointing_enable", None)
     if enable is None:
