@@ -74,10 +74,7 @@ def test_the_same_question_has_the_same_answer() -> None:
 
 
 @pytest.mark.parametrize(("knobs", "words"), [
-    ({"loss_kernel": "fused"}, "loss kernel fused: not traced yet"),
-    ({"activation_checkpointing": "selective"}, "checkpointing selective: not traced yet"),
     ({"compile": True}, "torch.compile: not traced yet"),
-    ({"padding_free": True}, "padding-free"),
 ])  # fmt: skip
 def test_what_is_not_traced_is_said(knobs: dict[str, object], words: str) -> None:
     case = Case("llama", **knobs)
@@ -92,7 +89,7 @@ def test_a_model_that_fails_is_told_in_one_line_with_its_place() -> None:
             self.weight = torch.nn.Parameter(torch.zeros(4))
 
         def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            return self.weight[torch.nonzero(input_ids)]
+            return self.weight[torch.nonzero(self.weight)]
 
     case = Case("llama")
     with pytest.raises(ProbeFailed, match=r"values of a tensor.*test_trace\.py:\d+") as caught:

@@ -80,9 +80,12 @@ def _quiet() -> Iterator[None]:
 def _trace_quietly(
     workload: Workload, strategy: Strategy, build_model: BuildModel, make_inputs: MakeInputs | None, fold: bool
 ) -> Traced:
+    from brim.probes.checkpointing import spans_layers
     from brim.probes.fold import unfold
 
-    if fold and workload.recipe.method != "prefix-tuning":  # the prefixes of all layers are one parameter
+    # Not where layers are tied: by prefixes in one parameter, or by offload that keeps the last five tensors.
+    folds = workload.recipe.method != "prefix-tuning" and not spans_layers(strategy, workload.recipe.engine)
+    if fold and folds:
         tracker, pattern = follow_step(workload, strategy, build_model, make_inputs, fold=True)
         stream = unfold(tracker.events, tracker.storages, pattern) if pattern else (tracker.events, tracker.storages)
         if stream is not None:
@@ -101,12 +104,10 @@ def paged_bytes(storages: Mapping[int, Storage], pattern: Pattern | None = None)
 
 def refuse_untraced(workload: Workload, strategy: Strategy) -> None:
     """Raise ProbeFailed for what the trace does not run yet; nothing is ever left out in silence."""
-    recipe, engine = workload.recipe, workload.recipe.engine
     untraced = {
         "torch.compile": strategy.compile,
         f"offload of {strategy.offload}": strategy.offload != "none",
         "more than one device": strategy.mesh.num_devices > 1 or strategy.zero_stage > 0,
-        "separate experts": not engine.fused_experts and any(hasattr(g.mlp, "router") for g in workload.model.groups),
     }
     for what, found in untraced.items():
         if found:
@@ -132,11 +133,12 @@ def follow_step(
     from brim.probes.custom_kernels import kernel_packages
     from brim.probes.experts import balance_experts
     from brim.probes.fold import fold_layers
+    from brim.probes.grouped_heads import repeat_heads
     from brim.probes.inputs import plan_inputs
     from brim.probes.kernels import card_kernels, list_workspaces
     from brim.probes.model import find_layers, give_tensors, prepare_model
     from brim.probes.preferences import card_head, follow_reference, prepare_reference
-    from brim.probes.step import plan_step, run_steps
+    from brim.probes.step import note_step, plan_step, run_steps
     from brim.probes.tracker import StorageTracker
     from brim.probes.values import KnownValues
 
@@ -160,8 +162,10 @@ def follow_step(
             follow_reference(reference, tracker)
             for _ in range(2):  # one handle of the matrix library for the forward thread, one for autograd's
                 tracker.reserve(workspace_bytes(device) // 2, "matrix library workspace")
-            step = plan_step(workload, strategy, model, make_inputs or plan_inputs(workload, strategy, model), tracker, reference)
-            with card_head(workload.recipe), tracker:
+            make = make_inputs or plan_inputs(workload, strategy, model)
+            step = plan_step(workload, strategy, model, make, tracker, reference)
+            tracker.notes += note_step(workload, strategy)
+            with card_head(workload.recipe), repeat_heads(workload.recipe.engine), tracker:
                 run_steps(step)
             tracker.notes += known.describe()
     except BrimError:
@@ -195,4 +199,4 @@ def list_notes(tracker: StorageTracker) -> tuple[str, ...]:
     if tracker.scalars_asked:
         places = len(tracker.scalars_asked)
         notes.append(f"the number 1 stands in where code reads one from the device ({places} places)")
-    return tuple(notes)
+    return (*notes, *tracker.notes)
