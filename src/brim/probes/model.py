@@ -16,6 +16,10 @@ from brim.errors import BrimError, MissingExtra, ProbeFailed, quoted
 from brim.probes.adapters import adapt
 from brim.probes.checkpointing import checkpoint
 from brim.probes.dtypes import torch_dtype
+from brim.probes.experts import separate_experts
+from brim.probes.fused_adapters import fuse_adapters
+from brim.probes.fused_layers import fuse_layers
+from brim.probes.losses import replace_loss
 from brim.probes.quantized import quantize_base
 from brim.spec.recipe import Recipe
 from brim.spec.strategy import AttentionKernel, Strategy
@@ -69,12 +73,17 @@ def prepare_model(
             model = build_model()
         if shorten is not None:
             shorten(model)
+        if not recipe.engine.fused_experts:
+            separate_experts(model)
         _cast_parameters(model, torch_dtype(recipe.weight_dtype))
         quantize_base(model, recipe)
         if getattr(model, "config", None) is not None:
             model.config.use_cache = False
+        fuse_layers(model, strategy)
         checkpoint(model, strategy, recipe.engine)
         model = adapt(model, recipe)
+        fuse_adapters(model, recipe, strategy)
+        replace_loss(model, recipe, strategy)
     except BrimError:
         raise
     except Exception as error:  # whatever a user's own constructor raises
