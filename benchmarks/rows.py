@@ -61,12 +61,17 @@ def read_row(row: Row) -> tuple[Workload, Strategy]:
     return workload, _read_strategy(row, micro, accumulation, facts)
 
 
-def read_shape(model: Row) -> ModelShape:
-    """Return the shape of a row's model: its card if the name is known and the count agrees, else its numbers."""
+def read_model_config(model: Row) -> Mapping[str, Any]:
+    """Return the config of a row's model: its card's if the name is known and the count agrees, else its numbers."""
     card = find_card(model["name"])
     if card is not None and abs(card.params / model["params"] - 1) < _COUNT_TOLERANCE:
-        return read_config(card.config, name=card.id)
-    shape = read_config(_config(model), name=model["name"])
+        return card.config
+    return _config(model)
+
+
+def read_shape(model: Row) -> ModelShape:
+    """Return the shape of a row's model, checked against its stated count of parameters."""
+    shape = read_config(read_model_config(model), name=model["name"])
     if abs(count_parameters(shape) / model["params"] - 1) > _COUNT_TOLERANCE:
         raise UnsupportedModel(model=model["name"], what="the architecture behind the numbers")
     return shape
@@ -159,6 +164,7 @@ def _read_quantization(row: Row, facts: Row, extra: Row) -> Quantization:
         kind=_QUANTIZATIONS[kind], block_size=facts.get("gptq_group_size", 128) if is_gptq else 64,
         double_quant=kind.endswith("-dq") or kind.startswith("ao-") or by_framework,
         keeps_inputs=keeps_inputs, upcast_rest=bool(extra.get("kbit_upcast")),
+        narrow_embeddings=bool(facts.get("narrow_embeddings")) and bool(extra.get("kbit_upcast")),
     )  # fmt: skip
 
 

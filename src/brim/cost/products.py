@@ -123,7 +123,8 @@ def _converted_bytes(workload: Workload, setting: Setting, again: int) -> float:
         for group in groups
         for linear, copies in quantised_linears(group, recipe.engine.fused_experts)
     )
-    upcast = 2 * casting * outer if recipe.quantization.upcast_rest and setting.autocast else 0
+    wide = recipe.quantization.upcast_rest and not recipe.quantization.narrow_embeddings
+    upcast = 2 * casting * outer if wide and setting.autocast else 0
     return packed * (_PACKED_BYTES[recipe.quantization.kind] + _EXPANDED_BYTES) * (2 + again) + upcast
 
 

@@ -116,7 +116,18 @@ def base_bytes(shape: ModelShape, recipe: Recipe) -> int:
             packed += group.count * copies * quantised_bytes(linear, recipe.quantization)
     upcast = 4 if recipe.quantization.upcast_rest else element
     # PEFT's upcast reaches every 16-bit parameter, fused experts too.
-    return packed + rest * upcast
+    return packed + rest * upcast - _narrowed_elements(shape, recipe) * (upcast - element)
+
+
+def _narrowed_elements(shape: ModelShape, recipe: Recipe) -> int:
+    """Return the elements of embeddings and head that are cast back to 16 bit.
+
+    Source: trl 0.13 trainer/utils.py peft_module_casting_to_bf16.
+    """
+    if recipe.quantization is None or not recipe.quantization.narrow_embeddings:
+        return 0
+    head = 0 if shape.tie_word_embeddings else sum(linear.num_parameters for linear in shape.head)
+    return head + sum(table.num_parameters for table in shape.embeddings)
 
 
 def quantised_linears(group: LayerGroup, fused_experts: bool) -> tuple[tuple[Linear, int], ...]:

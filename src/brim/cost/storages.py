@@ -13,7 +13,7 @@ from brim.spec.recipe import Quantization, Recipe
 
 def list_weights(shape: ModelShape, recipe: Recipe, states: States) -> list[int]:
     """Return the storages of all weights, bytes each; norms, biases and the like are one at the end."""
-    sizes = [*_outer(shape, _unquantised_bytes(recipe))]
+    sizes = [*_outer(shape, _outer_bytes(recipe))]
     for group in shape.groups:
         sizes += [*_layer_weights(group, recipe)] * group.count
         if recipe.lora is not None:
@@ -52,6 +52,11 @@ def _complete(sizes: list[int], total: int) -> list[int]:
 def _unquantised_bytes(recipe: Recipe) -> int:
     upcast = recipe.quantization is not None and recipe.quantization.upcast_rest
     return 4 if upcast else DTYPE_BYTES[recipe.weight_dtype]
+
+
+def _outer_bytes(recipe: Recipe) -> int:
+    narrow = recipe.quantization is not None and recipe.quantization.narrow_embeddings
+    return DTYPE_BYTES[recipe.weight_dtype] if narrow else _unquantised_bytes(recipe)
 
 
 def _outer(shape: ModelShape, element: int) -> Iterator[int]:

@@ -21,6 +21,7 @@ _FOUR_BIT_VALUES, _EIGHT_BIT_VALUES = 16, 256
 _OUTLIER_COLUMNS = 7
 """Columns of the input with a value above the threshold of 6. Source: LLM.int8() (arXiv 2208.07339), section 3.2."""
 _NIBBLES_PER_WORD = 8
+_EMBEDDINGS = ("lm_head", "embed_tokens", "wte", "wpe")
 
 
 def quantize_base(model: torch.nn.Module, recipe: Recipe) -> None:
@@ -44,6 +45,16 @@ def quantize_base(model: torch.nn.Module, recipe: Recipe) -> None:
         model.set_submodule(name, _LAYERS[quantization.kind](linear, quantization, recipe))
     if quantization.upcast_rest:
         _upcast(model)
+        if quantization.narrow_embeddings:
+            _narrow_embeddings(model)
+
+
+def _narrow_embeddings(model: torch.nn.Module) -> None:
+    """Source: trl 0.13 trainer/utils.py peft_module_casting_to_bf16."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if any(word in name for word in _EMBEDDINGS) and weight is not None and weight.dtype == torch.float32:
+            module.to(torch.bfloat16)
 
 
 def _list_replaced(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:

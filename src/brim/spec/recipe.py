@@ -49,6 +49,8 @@ class Quantization:
     """Whether every quantised product keeps its input for backward (bitsandbytes before 0.44)."""
     upcast_rest: bool = False
     """Whether 16-bit parameters are cast to fp32 (PEFT's `prepare_model_for_kbit_training`)."""
+    narrow_embeddings: bool = False
+    """Whether embeddings and head are cast back to 16 bit after that (TRL before 0.25, under bf16)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
