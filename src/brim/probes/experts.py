@@ -7,6 +7,7 @@ assignment: what it keeps is the same in sum, and the busiest expert sets its te
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -82,7 +83,22 @@ def separate_experts(model: torch.nn.Module) -> int:
         block.experts = SeparateExperts(block.experts, letters=model_type in _LETTERS)
         if model_type in _LINEAR_ROUTERS:
             _separate_router(block)
+    if blocks:
+        _rename(model)
     return len(blocks)
+
+
+def _rename(model: torch.nn.Module) -> None:
+    """Give the model's config another model type: PEFT moves adapters to fused experts by that name.
+
+    Source: peft utils/transformers_weight_conversion.py convert_peft_config_for_transformers.
+    """
+    config: Any = model.config
+    renamed = copy.copy(config)
+    renamed.model_type = f"{config.model_type}_separate"
+    for module in model.modules():
+        if vars(module).get("config") is config:
+            module.config = renamed  # type: ignore[assignment]
 
 
 def _is_fused(experts: Any) -> bool:
