@@ -35,6 +35,7 @@ __all__ = [
 ]  # fmt: skip
 
 _ANSWERERS = ("rule", "formula", "trace")
+_MOST_LENGTHS = 256
 _LARGEST_PLAN_BYTES = 50_000_000
 
 
@@ -59,7 +60,8 @@ def plan(model: str | ModelShape, **options: Any) -> Plan:
 
 def estimate(
     model: str | ModelShape, *, by: Sequence[str] = ("formula",), fold: bool = True,
-    timeline: str | os.PathLike[str] | None = None, trace_json: str | os.PathLike[str] | None = None, **options: Any,
+    lengths: Sequence[int] = (), timeline: str | os.PathLike[str] | None = None,
+    trace_json: str | os.PathLike[str] | None = None, **options: Any,
 ) -> tuple[Estimate, ...]:  # fmt: skip
     """Return what one way of running costs, one estimate per answerer.
 
@@ -69,6 +71,7 @@ def estimate(
         model: as for `plan`; `trace` takes any architecture of the installed transformers.
         by: answerers, `rule`, `formula` and `trace`.
         fold: whether `trace` runs alike layers four deep and repeats them; False runs every layer.
+        lengths: tokens of a sequence, micro-batch by micro-batch, that `trace` runs; empty for the same in all.
         timeline: HTML file that `trace` draws memory over the step into.
         trace_json: file that `trace` writes counter tracks for Perfetto into.
         options: as for `plan`; `micro_batch_size` and `gradient_accumulation_steps` say what is costed.
@@ -82,11 +85,12 @@ def estimate(
         raise InvalidInput(f"by must be a list of answerers such as ('rule', 'formula'), not {quoted(by)}")
     for name in by:
         _check_answerer(name)
-    if "trace" not in by and (timeline is not None or trace_json is not None):
-        raise InvalidInput("a timeline is drawn from the trace: ask by trace")
+    if "trace" not in by and (timeline is not None or trace_json is not None or lengths):
+        raise InvalidInput("timelines and lengths are the trace's: ask by trace")
+    _check_lengths(lengths)
     job = _read_job(model, _with_default_split(said), known_only=set(by) != {"trace"})
     strategy = _stated_strategy(job)
-    answers = {name: _find_answerer(name, job, fold=fold) for name in by}
+    answers = {name: _find_answerer(name, job, fold=fold, lengths=lengths) for name in by}
     found = tuple(answers[name].estimate(job.workload, strategy) for name in by)
     if timeline is not None or trace_json is not None:
         _write_timeline(answers["trace"], job.workload, strategy, found[by.index("trace")], timeline, trace_json)
@@ -95,7 +99,7 @@ def estimate(
 
 def trace(
     workload: Workload, strategy: Strategy, build_model: BuildModel | None = None,
-    make_inputs: MakeInputs | None = None, *, fold: bool = True,
+    make_inputs: MakeInputs | None = None, *, fold: bool = True, lengths: Sequence[int] = (),
 ) -> Estimate:  # fmt: skip
     """Return what a strategy costs, from the real model's real step on tensors without data.
 
@@ -106,6 +110,7 @@ def trace(
             device as default. None builds transformers' model of the workload's name.
         make_inputs: returns one micro-batch as keyword arguments of the model; None reads the model's signature.
         fold: whether alike layers are run four deep and repeated.
+        lengths: tokens of a sequence, micro-batch by micro-batch; empty for the workload's length in all.
 
     Raises:
         MissingExtra: torch, transformers or peft is not installed.
@@ -115,7 +120,7 @@ def trace(
 
     if build_model is None:
         build_model = _builder(workload, {})(strategy)
-    return trace_model(workload, strategy, build_model, make_inputs, fold=fold)
+    return trace_model(workload, strategy, build_model, make_inputs, fold=fold, lengths=lengths)
 
 
 def export(plan: Plan, target: str, *, version: str | None = None) -> Export:
@@ -240,7 +245,14 @@ def _check_answerer(name: str) -> None:
         raise UnknownName(kind="answerer", name=str(name), known=_ANSWERERS)
 
 
-def _find_answerer(name: str, job: Job, *, fold: bool = True) -> Answerer:
+def _check_lengths(lengths: Sequence[int]) -> None:
+    whole = isinstance(lengths, Sequence) and all(isinstance(one, int) and 1 <= one <= 2**24 for one in lengths)
+    if not whole or len(lengths) > _MOST_LENGTHS:
+        text = f"lengths must be at most {_MOST_LENGTHS} whole numbers such as 512,2048, not {quoted(lengths)}"
+        raise InvalidInput(text)
+
+
+def _find_answerer(name: str, job: Job, *, fold: bool = True, lengths: Sequence[int] = ()) -> Answerer:
     _check_answerer(name)
     if name == "rule":
         return answer_by_rule()
@@ -250,7 +262,7 @@ def _find_answerer(name: str, job: Job, *, fold: bool = True) -> Answerer:
         from brim.probes.answer import answer_by_trace
     except ModuleNotFoundError as error:
         raise MissingExtra(package=error.name or "torch", extra="trace", purpose="--by trace") from None
-    return answer_by_trace(_builder(job.workload, job.config), fold=fold)
+    return answer_by_trace(_builder(job.workload, job.config), fold=fold, lengths=tuple(lengths))
 
 
 def _builder(workload: Workload, config: Mapping[str, Any]) -> Callable[[Strategy], BuildModel]:

@@ -18,7 +18,8 @@ import torch
 from real_steps import Case
 
 from brim.probes.fold import Pattern, find_pattern, fold_layers, unfold
-from brim.probes.trace import follow_step, trace
+from brim.probes.follow import follow_step
+from brim.probes.trace import trace
 from brim.spec.recipe import Engine
 
 CASES = {

@@ -6,9 +6,12 @@ from typing import Any
 
 import typer
 
-from brim.cli.options import AS_JSON, takes_job
+from brim.cli.options import AS_JSON, read_whole_numbers, takes_job
 from brim.cli.output import print_json, print_remark, print_report
 
+_LENGTHS = typer.Option(
+    None, "--lengths", metavar="N,N,...", help="By trace: tokens of a sequence, micro-batch by micro-batch."
+)
 _TIMELINE = typer.Option(None, "--timeline", metavar="FILE", help="Draw memory over the step as HTML (by trace).")
 _COUNTERS = typer.Option(None, "--trace-json", metavar="FILE", help="Write counters that Perfetto opens (by trace).")
 _FOLD = typer.Option(True, "--fold/--no-fold", help="By trace: run alike layers four deep and repeat them, or run all.")
@@ -18,6 +21,7 @@ _FOLD = typer.Option(True, "--fold/--no-fold", help="By trace: run alike layers 
 def run_estimate(
     model: str,
     job: dict[str, Any],
+    lengths: str | None = _LENGTHS,
     timeline: str | None = _TIMELINE,
     trace_json: str | None = _COUNTERS,
     fold: bool = _FOLD,
@@ -36,8 +40,11 @@ def run_estimate(
     """
     from brim import api
 
-    by = [name.strip() for name in job.pop("by", "trace" if timeline or trace_json else "formula").split(",")]
-    estimates = api.estimate(model, by=by, fold=fold, timeline=timeline, trace_json=trace_json, **job)
+    asks_trace = timeline or trace_json or lengths
+    estimates = api.estimate(
+        model, by=[name.strip() for name in job.pop("by", "trace" if asks_trace else "formula").split(",")], fold=fold,
+        lengths=read_whole_numbers("lengths", lengths), timeline=timeline, trace_json=trace_json, **job,
+    )  # fmt: skip
     for path in filter(None, (timeline, trace_json)):
         print_remark(f"wrote {path}")
     if as_json:

@@ -18,6 +18,15 @@ def _read_whole(text: str) -> int:
     return int(text.replace(",", ""))
 
 
+def read_whole_numbers(name: str, text: str | None) -> tuple[int, ...]:
+    """Return the whole numbers of a list such as `512,2048`; none for None."""
+    try:
+        return tuple(int(word) for word in text.split(",")) if text is not None and len(text) < 10_000 else ()
+    except ValueError:
+        problem = f"--{name} must be whole numbers such as 512,2048, not {quoted(text)}"
+        raise InvalidInput(problem, option=name) from None
+
+
 class Flag(NamedTuple):
     """One flag: its option of `brim.plan`, its other names, and how its text is read; the option's docstring is its
     help."""

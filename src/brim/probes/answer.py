@@ -19,6 +19,7 @@ from brim.planner.budget import Budget
 from brim.planner.candidates import knobs_of
 from brim.probes.inputs import MakeInputs
 from brim.probes.model import BuildModel
+from brim.probes.rows import shares_rows
 from brim.probes.solve import SOLVED_AT, Solved, solve
 from brim.probes.stream import Traced, list_moments, read_estimate
 from brim.probes.timeline import read_timeline
@@ -36,22 +37,24 @@ class _Probe:
     build: Callable[[Strategy], BuildModel]
     make_inputs: MakeInputs | None
     fold: bool
+    lengths: tuple[int, ...]
     traces: dict[_Question, Traced] = field(default_factory=dict)
     solved: dict[_Question, Solved | None] = field(default_factory=dict)
     peaks: dict[tuple[_Question, bool], Moment] = field(default_factory=dict)
 
     def follow(self, workload: Workload, strategy: Strategy) -> Traced:
-        """Return the stream of a strategy, traced once: micro-batches after the second repeat it."""
-        key = workload, replace(strategy, gradient_accumulation_steps=min(2, strategy.gradient_accumulation_steps))
+        """Return the stream of a strategy, traced once."""
+        key = workload, strategy
         if key not in self.traces:
-            self.traces[key] = trace_step(*key, self.build(strategy), self.make_inputs, fold=self.fold)
+            build = self.build(strategy)
+            self.traces[key] = trace_step(*key, build, self.make_inputs, fold=self.fold, lengths=self.lengths)
         return self.traces[key]
 
     def confirm(self, workload: Workload, strategy: Strategy, exactly: bool) -> bool:
         """Solve a strategy's kind for every micro-batch, then, exactly, trace the strategy itself; return whether there
         was anything left to do."""
         kind = workload, _kind(strategy)
-        if _is_solvable(strategy) and kind not in self.solved:
+        if _is_solvable(workload, strategy) and kind not in self.solved:
             small, large = (self.follow(workload, replace(kind[1], micro_batch_size=size)) for size in SOLVED_AT)
             self.solved[kind] = solve(small, large)
             return True
@@ -63,9 +66,9 @@ class _Probe:
 
     def peak(self, workload: Workload, strategy: Strategy) -> Moment | None:
         """Return the moment of a strategy's peak: traced, or solved; None if neither is done."""
-        key = workload, replace(strategy, gradient_accumulation_steps=min(2, strategy.gradient_accumulation_steps))
+        key = workload, strategy
         found, known = self.traces.get(key), self.solved.get((workload, _kind(strategy)))
-        if found is None and (known is None or not _is_solvable(strategy)):
+        if found is None and (known is None or not _is_solvable(workload, strategy)):
             return None
         if (key, found is None) not in self.peaks:
             traced = found or known.trace_at(strategy.micro_batch_size)  # type: ignore[union-attr]
@@ -79,22 +82,28 @@ def _kind(strategy: Strategy) -> Strategy:
     return replace(knobs_of(strategy), gradient_accumulation_steps=2)
 
 
-def _is_solvable(strategy: Strategy) -> bool:
-    """Whether its stream follows from those of two and three sequences a micro-batch, accumulated."""
-    return strategy.gradient_accumulation_steps > 1 and strategy.micro_batch_size >= min(SOLVED_AT)
+def _is_solvable(workload: Workload, strategy: Strategy) -> bool:
+    """Whether its stream follows from those of two and three sequences a micro-batch, accumulated.
+
+    The mask of sequences that share a row grows with the square of the micro-batch.
+    """
+    accumulates = strategy.gradient_accumulation_steps > 1 and strategy.micro_batch_size >= min(SOLVED_AT)
+    return accumulates and not shares_rows(workload, strategy)
 
 
 def answer_by_trace(
-    build: Callable[[Strategy], BuildModel], make_inputs: MakeInputs | None = None, *, fold: bool = True
-) -> Answerer:
+    build: Callable[[Strategy], BuildModel], make_inputs: MakeInputs | None = None, *, fold: bool = True,
+    lengths: tuple[int, ...] = (),
+) -> Answerer:  # fmt: skip
     """Return the trace as an answerer.
 
     Args:
         build: returns what builds the model, given the strategy (its attention kernel).
         make_inputs: returns one micro-batch; by the model's signature if None.
         fold: whether alike layers are run four deep and repeated.
+        lengths: tokens of a sequence, micro-batch by micro-batch; empty for the workload's length in all.
     """
-    formula, probe = answer_by_formula(), _Probe(build, make_inputs, fold)
+    formula, probe = answer_by_formula(), _Probe(build, make_inputs, fold, lengths)
 
     def peak(workload: Workload, strategy: Strategy) -> int:
         found = _ask(probe, workload, strategy)

@@ -7,8 +7,9 @@ of the model itself.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -62,6 +63,22 @@ class Request:
     def kind(self) -> str:
         """Class that is trained."""
         return type(self.model).__name__
+
+
+def plan_lengths(
+    workload: Workload, strategy: Strategy, model: torch.nn.Module, lengths: Sequence[int]
+) -> MakeInputs:
+    """Return a maker of micro-batches of these lengths in turn, over and over.
+
+    Raises:
+        ProbeFailed: the model takes something brim cannot make up.
+    """
+    makers = {
+        length: plan_inputs(replace(workload, data=replace(workload.data, seq_len=length)), strategy, model)
+        for length in dict.fromkeys(lengths)
+    }
+    turns = cycle(lengths)
+    return lambda: makers[next(turns)]()
 
 
 def plan_inputs(workload: Workload, strategy: Strategy, model: torch.nn.Module) -> MakeInputs:

@@ -32,7 +32,6 @@ from brim.spec.workload import Workload
 Inputs = Mapping[str, Any]
 
 _CLIPPING_NORM = 1.0
-_MOST_MICRO_BATCHES = 2
 
 
 @dataclass(slots=True)
@@ -62,6 +61,10 @@ class Step:
     """Loss of the last micro-batch, where the loop keeps it."""
     first: bool = True
     """Whether optimizer states are still to be made."""
+    num_steps: int = 2
+    """Optimizer steps: the first makes the optimizer's states, the second is steady."""
+    most_micro_batches: int = 2
+    """Micro-batches of an optimizer step that are run."""
     part: str = ""
     """Phase of the step, by its own name in the first step too."""
     ends_layers: int = 0
@@ -74,8 +77,8 @@ class Step:
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches run per optimizer step: further ones repeat the second."""
-        return min(self.strategy.gradient_accumulation_steps, _MOST_MICRO_BATCHES)
+        """Micro-batches run per optimizer step: further ones of the same length repeat the second."""
+        return min(self.strategy.gradient_accumulation_steps, self.most_micro_batches)
 
     def begin(self, phase: str) -> None:
         """Name the next phase; before the first optimizer step all phases are one."""
@@ -129,12 +132,12 @@ def note_step(workload: Workload, strategy: Strategy) -> list[str]:
 
 
 def run_steps(step: Step) -> None:
-    """Run two optimizer steps, and an evaluation if the loop evaluates."""
+    """Run the optimizer steps, and an evaluation if the loop evaluates."""
     start_states(step.optimizer, resumes=step.recipe.engine.resumes)
     _label_states(step)
     autocast = CudaAutocast() if step.recipe.autocast else contextlib.nullcontext()
     with watch(step), row_masks(step.workload, step.strategy), autocast:
-        for _ in range(2):
+        for _ in range(step.num_steps):
             _accumulate(step)
             _update(step)
             step.first = False

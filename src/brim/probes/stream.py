@@ -110,9 +110,9 @@ def _play(allocator: CachingAllocator, events: Iterable[Event]) -> None:
 
 
 def _find_steps(events: Sequence[Event]) -> tuple[int, int]:
-    """Return where the second optimizer step begins and ends; twice the end of the stream if it has fewer."""
+    """Return where the second of two optimizer steps begins and ends; of more or fewer, twice the end of the stream."""
     ends = [index for index, event in enumerate(events) if not event.num_bytes and event.phase == END_OF_STEP]
-    return (ends[0], ends[1]) if len(ends) > 1 else (len(events), len(events))
+    return (ends[0], ends[1]) if len(ends) == 2 else (len(events), len(events))
 
 
 def _pair_lasting(step: Sequence[Event]) -> list[tuple[int, int]] | None:
