@@ -156,8 +156,7 @@ def _score_chunks_of_tokens(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Source: Lightning-AI/lit-gpt lit_gpt/model.py GPT.forward (lm_head_chunk_size), lit_gpt/utils.py
     chunked_cross_entropy; Lightning Fabric plugins/precision/half.py convert_output casts every chunk to fp32."""
-    head = model.get_output_embeddings()
-    logits = [head(part) for part in hidden.split(_CHUNK_TOKENS, dim=1)]
+    logits = [_find_logits(model, part) for part in hidden.split(_CHUNK_TOKENS, dim=1)]
     logits = [chunk.float() for chunk in logits]
     logits[-1] = logits[-1][..., :-1, :]
     parts = [chunk.reshape(-1, chunk.shape[-1]) for chunk in logits]
@@ -172,8 +171,7 @@ def _score_chunks_of_tokens(
 def _score_eighths(model: Any, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Source: pytorch/torchtune modules/transformer.py chunked_output, modules/loss/ce_chunked_output_loss.py (each
     chunk is cast to fp32 alone), recipes/full_finetune_single_device.py (labels shifted, an ignored one appended)."""
-    head = model.get_output_embeddings()
-    logits = [head(part) for part in hidden.tensor_split(_NUM_CHUNKS, dim=1)]
+    logits = [_find_logits(model, part) for part in hidden.tensor_split(_NUM_CHUNKS, dim=1)]
     shifted = torch.hstack((labels[..., 1:], torch.full_like(labels[..., :1], IGNORED)))
     total: Any = 0.0
     for chunk, target in zip(logits, shifted.tensor_split(_NUM_CHUNKS, dim=1), strict=True):
