@@ -138,7 +138,7 @@ def trace_updates(optimizer: str, kernel: str, dtype: torch.dtype, **chosen: Any
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize(("optimizer", "kernel"), TORCH)
-@pytest.mark.parametrize("masters", [False, True], ids=["", "masters"])
+@pytest.mark.parametrize("masters", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "masters"])
 def test_an_update_holds_what_the_real_one_holds(
     optimizer: str, kernel: str, dtype: torch.dtype, masters: bool
 ) -> None:
