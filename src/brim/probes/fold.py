@@ -4,6 +4,8 @@ Memory is a stream of allocations and frees. Where alike layers run one after an
 other storages; the stream of an inner repeat stands for those that were left out. Whether the two inner repeats really
 did the same is checked, event by event. What repeats may be one layer or a pattern of several (five with a window, one
 without), and layers before and after it may differ (dense ones before those with experts).
+
+Leaves out: that the vector of norms, which clipping stacks, grows by 4 bytes per trained tensor.
 """
 
 from __future__ import annotations
@@ -279,7 +281,8 @@ def _emit(
         for offset in behind if runs[index + 1].unit > middle else reversed(behind):
             for event, key, distance in seen:
                 new = key if distance is None else _number(key, offset + distance, missing, event.key)
-                made.append(tuple.__new__(Event, (new, event.num_bytes, event.phase, middle + offset)))
+                layer = middle + offset if event.layer >= 0 else -1
+                made.append(tuple.__new__(Event, (new, event.num_bytes, event.phase, layer)))
                 if event.num_bytes > 0 and offset:
                     described[new] = storages[event.key]
     return made, described
