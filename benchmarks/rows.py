@@ -17,7 +17,7 @@ from brim.spec.model import ModelShape
 from brim.spec.recipe import Engine, Lora, Quantization, Recipe
 from brim.spec.strategy import Mesh, Strategy
 from brim.spec.workload import BatchTarget, Workload
-from brim.tables.read import find_card, find_device
+from brim.tables.read import Card, find_card, find_device, list_cards
 
 Row = Mapping[str, Any]
 HIDDEN_FROM_PREDICTOR = ("id", "group", "weight", "measured", "tokens_per_second", "source", "notes")
@@ -62,11 +62,19 @@ def read_row(row: Row) -> tuple[Workload, Strategy]:
 
 
 def read_model_config(model: Row) -> Mapping[str, Any]:
-    """Return the config of a row's model: its card's if the name is known and the count agrees, else its numbers."""
-    card = find_card(model["name"])
-    if card is not None and abs(card.params / model["params"] - 1) < _COUNT_TOLERANCE:
-        return card.config
+    """Return the config of a row's model: its card's if the name is known, a card's with the same numbers (weights
+    stored in another format under another name), else one made of its numbers."""
+    named = find_card(model["name"])
+    for card in (named, *list_cards()) if named else list_cards():
+        if abs(card.params / model["params"] - 1) < _COUNT_TOLERANCE and (card is named or _agrees(card, model)):
+            return card.config
     return _config(model)
+
+
+def _agrees(card: Card, model: Row) -> bool:
+    """Whether every number of a row's model is that of a card."""
+    numbers = {key: value for key, value in model.items() if isinstance(value, int) and key != "params"}
+    return all(card.config.get(key) == value for key, value in numbers.items() if not isinstance(value, bool))
 
 
 def read_shape(model: Row) -> ModelShape:
@@ -131,7 +139,7 @@ def _read_recipe(row: Row, shape: ModelShape, facts: Row) -> Recipe:
         master_weights=bool(row["master_weights"]), gradient_dtype=None,
         lora=_read_lora(row, shape, facts, extra, weight) if method != "full" else None,
         quantization=_read_quantization(row, facts, extra) if row["quantization"] else None,
-        engine=_read_engine(row, facts, extra),
+        engine=_read_engine(row, facts, extra, shape.model_type),
     )  # fmt: skip
 
 
@@ -168,7 +176,7 @@ def _read_quantization(row: Row, facts: Row, extra: Row) -> Quantization:
     )  # fmt: skip
 
 
-def _read_engine(row: Row, facts: Row, extra: Row) -> Engine:
+def _read_engine(row: Row, facts: Row, extra: Row, model_type: str) -> Engine:
     fields = {key: facts[key] for key in _ENGINE_FIELDS if key in facts}
     if "zero_grad_set_to_none" in extra:
         fields["set_to_none"] = extra["zero_grad_set_to_none"]
@@ -176,6 +184,8 @@ def _read_engine(row: Row, facts: Row, extra: Row) -> Engine:
         fields["logits_alive_in_backward"] = extra["logits_alive_in_backward"]
     if is_old_loss(row, facts):
         fields["frees_narrow_logits"] = True
+        families = facts.get("repeats_kv_families", ())
+        fields["repeats_kv"] = row["attention"] == "flash" and model_type in families
     return Engine(name=row["framework"]["name"] or "unknown", evaluates=False, **fields)
 
 
