@@ -59,8 +59,8 @@ def _by_trace(workload: Workload, strategy: Strategy, config: Mapping[str, Any])
     from brim.probes.model import build_from_config
     from brim.probes.trace import trace
 
-    architecture = workload.model.architecture
-    answer = trace(workload, strategy, lambda: build_from_config(config, architecture, strategy.attention_kernel))
+    architecture, kernel, dtype = workload.model.architecture, strategy.attention_kernel, workload.recipe.weight_dtype
+    answer = trace(workload, strategy, lambda: build_from_config(config, architecture, kernel, dtype))
     return {
         "peak_allocated_bytes": answer.peak_allocated_bytes, "peak_reserved_bytes": answer.peak_reserved_bytes,
         "baseline_reserved_bytes": 2 * 2**20, "device_bytes": answer.device_bytes,

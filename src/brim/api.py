@@ -275,7 +275,8 @@ def _builder(workload: Workload, config: Mapping[str, Any]) -> Callable[[Strateg
 
         shape = workload.model
         known = config or read_checkpoint(shape.name, known_only=False)[2]
-        return lambda: build_from_config(known, shape.architecture, strategy.attention_kernel)
+        dtype = workload.recipe.weight_dtype
+        return lambda: build_from_config(known, shape.architecture, strategy.attention_kernel, dtype)
 
     return build
 

@@ -59,7 +59,8 @@ def _add_images(request: Any, makers: MutableMapping[str, Make]) -> Media:
             continue
         makers |= images
         return {token: count // request.batch} if count else {}
-    raise ProbeFailed(f"images of {request.kind}: no form brim knows fits ({_short(failed)}); pass make_inputs")
+    text = f"images of {request.kind}: no form brim knows fits ({_short(failed)}); pass make_inputs"
+    raise ProbeFailed(text) from failed
 
 
 def _list_image_forms(request: Any) -> Iterator[dict[str, Make]]:
@@ -140,7 +141,8 @@ def _add_sound(request: Any, makers: MutableMapping[str, Make]) -> Media:
             continue
         makers |= sound
         return {token: count // request.batch} if count else {}
-    raise ProbeFailed(f"sound of {request.kind}: no form brim knows fits ({_short(failed)}); pass make_inputs")
+    text = f"sound of {request.kind}: no form brim knows fits ({_short(failed)}); pass make_inputs"
+    raise ProbeFailed(text) from failed
 
 
 def _list_sound_forms(request: Any) -> Iterator[dict[str, Make]]:

@@ -21,14 +21,19 @@ from brim.probes.fused_adapters import fuse_adapters
 from brim.probes.fused_layers import fuse_layers
 from brim.probes.losses import replace_loss
 from brim.probes.quantized import quantize_base
-from brim.spec.recipe import Recipe
+from brim.spec.recipe import Dtype, Recipe
 from brim.spec.strategy import AttentionKernel, Strategy
 
 BuildModel = Callable[[], torch.nn.Module]
 
 
-def build_from_config(config: Mapping[str, Any], architecture: str, attention: AttentionKernel) -> torch.nn.Module:
+def build_from_config(
+    config: Mapping[str, Any], architecture: str, attention: AttentionKernel, dtype: Dtype | None = None
+) -> torch.nn.Module:
     """Return transformers' own model of a config, on whatever device is the default one.
+
+    With a dtype, weights and buffers are made as `from_pretrained(dtype=...)` makes them: buffers that a model's code
+    computes in the default dtype are then in it, rotary frequencies stay in fp32. Without, everything is in fp32.
 
     Flash attention is asked for as SDPA, because the package `flash-attn` need not be here; the kernel is chosen later.
     An architecture without SDPA in its code gets eager attention.
@@ -48,7 +53,8 @@ def build_from_config(config: Mapping[str, Any], architecture: str, attention: A
     try:
         known = transformers.AutoConfig.for_model(config["model_type"], **settings)
         kernel = attention_kernel(attention, find_modeling(config["model_type"]))
-        return kind._from_config(known, attn_implementation="eager" if kernel == "eager" else "sdpa")
+        made_in = {} if dtype is None else {"dtype": torch_dtype(dtype)}
+        return kind._from_config(known, attn_implementation="eager" if kernel == "eager" else "sdpa", **made_in)
     except Exception as error:  # whatever a model's own constructor raises
         raise ProbeFailed(f"{architecture} cannot be built from its config: {_first_line(error)}") from error
 

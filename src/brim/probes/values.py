@@ -7,8 +7,9 @@ What follows from weights is not known; where code picks the best of unknown sco
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
@@ -35,6 +36,12 @@ _UNWRITTEN = (
 _DTYPES = (torch.int64, torch.int32, torch.bool, torch.uint8, torch.int16, torch.int8)
 
 
+class _Filled(NamedTuple):
+    """Values of a tensor that holds one number throughout, before anything asks for them."""
+
+    number: Any
+
+
 class KnownValues(TorchDispatchMode):
     """Computes values beside fake tensors wherever they follow from known ones. Goes between fake mode and tracker."""
 
@@ -47,7 +54,22 @@ class KnownValues(TorchDispatchMode):
         super().__init__()
         self._choose = choose
         self._spoiled: dict[int, torch.UntypedStorage] = {}
+        self._make_tensor = torch.tensor
         self.chose = False
+
+    def __enter__(self) -> KnownValues:
+        """Switch on; `torch.tensor` then takes lists of tensors without data, whose memory it would read."""
+        self._make_tensor = torch.tensor
+        torch.tensor = self._tensor_of  # type: ignore[assignment]
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *error: Any) -> None:
+        """Switch off."""
+        torch.tensor = self._make_tensor
+        super().__exit__(*error)
+
+    def _tensor_of(self, data: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._make_tensor(_read_items(data) if isinstance(data, (list, tuple)) else data, *args, **kwargs)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -55,10 +77,18 @@ class KnownValues(TorchDispatchMode):
 
     def find_value(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Return a tensor's values, None if they are not known."""
-        value = getattr(tensor, _NAME, None)
-        if value is None or value.untyped_storage()._cdata in self._spoiled:
-            return None
-        return value
+        value = tensor.__dict__.get(_NAME)
+        if isinstance(value, _Filled):
+            value = _full(tensor, value.number)
+            setattr(tensor, _NAME, value)
+        return value if value is not None and value.untyped_storage()._cdata not in self._spoiled else None
+
+    def _knows(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor's values are known, without making them."""
+        value = tensor.__dict__.get(_NAME)
+        if value is None or isinstance(value, _Filled):
+            return value is not None
+        return value.untyped_storage()._cdata not in self._spoiled
 
     def read_scalar(self, tensor: torch.Tensor) -> Any:
         """Return what `.item()` answers, None if it is not known."""
@@ -74,26 +104,28 @@ class KnownValues(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _aten._local_scalar_dense.default and (known := self.read_scalar(args[0])) is not None:
             return known
-        tensors = list(_list_tensors(args, kwargs))
+        tensors = _list_tensors(args, kwargs)
         if not tensors:
             return self._make(func, args, kwargs)
-        values = [self.find_value(one) if isinstance(one, FakeTensor) else one for one in tensors]
-        if not any(value is not None for value in values):
+        if not any(_NAME in one.__dict__ or not isinstance(one, FakeTensor) for one in tensors):
+            return self._run_unknown(func, args, kwargs)  # the common case: weights and activations
+        known = [not isinstance(one, FakeTensor) or self._knows(one) for one in tensors]
+        if not any(known):
             return self._run_unknown(func, args, kwargs)
         if func in (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default):
             args = (args[0], self._list_places(args[1]), *args[2:])
-        if func._schema.is_mutable:
+        if _is_mutable(func):
             return self._run_in_place(func, args, kwargs)
-        if any(value is None for value in values):
+        if not all(known):
             return self._run_unknown(func, args, kwargs)
-        known = self._compute(func, args, kwargs)
+        found = self._compute(func, args, kwargs)
         try:
             result = func(*args, **kwargs)
         except DynamicOutputShapeException:
-            if known is NotImplemented:
+            if found is NotImplemented:
                 raise
-            result = _shape_like(known)
-        return self._attach(result, known)
+            result = _shape_like(found)
+        return self._attach(result, found)
 
     def _make(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A tensor out of nothing is known, but for random numbers, where every draw is the middle of its range."""
@@ -106,13 +138,14 @@ class KnownValues(TorchDispatchMode):
 
     def _run_unknown(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Something that depends on weights: only what is constant, or elected, is known."""
-        if func._schema.is_mutable:
+        if _is_mutable(func):
             return self._run_in_place(func, args, kwargs)
         result = func(*args, **kwargs)
-        if func in _FILLED and _is_small(result):
-            return self._attach(result, _full(result, _FILLED[func]))
-        if func is _aten.full_like.default and _is_small(result):
-            return self._attach(result, _full(result, args[1]))
+        if func not in _TOLD:
+            return result
+        if func in _FILLED or func is _aten.full_like.default:
+            setattr(result, _NAME, _Filled(_FILLED.get(func, args[-1])) if _is_small(result) else None)
+            return result
         place, dim = _ELECTIONS.get(func, (None, 0))
         if place is not None:
             chosen = result if place < 0 else result[place]
@@ -134,20 +167,26 @@ class KnownValues(TorchDispatchMode):
         """Write the known values too; what was known is spoiled by a write that is not known."""
         result = func(*args, **kwargs)
         written = [one for one in _list_written(func, args, kwargs) if isinstance(one, FakeTensor)]
-        if func in (_aten.fill_.Scalar, _aten.zero_.default) and self.find_value(args[0]) is None:
+        if func in (_aten.fill_.Scalar, _aten.zero_.default) and not self._knows(args[0]):
             if _is_small(args[0]) and args[0].is_contiguous() and _fills_storage(args[0]):
                 self._attach(args[0], _full(args[0], args[1] if len(args) > 1 else 0))
             return result
-        values = [self.find_value(one) for one in written]
-        if all(value is None for value in values):
+        written = [one for one in written if self._knows(one)]
+        if not written:
             return result
         random = torch.Tag.nondeterministic_seeded in func.tags
         fakes = (one for one in _list_tensors(args, kwargs) if isinstance(one, FakeTensor))
-        if random or any(self.find_value(one) is None for one in fakes) or self._cannot(func, args, kwargs):
-            for value in values:
-                if value is not None:
-                    self._spoiled[value.untyped_storage()._cdata] = value.untyped_storage()
+        if random or not all(self._knows(one) for one in fakes) or self._cannot(func, args, kwargs):
+            for one in written:
+                self._spoil(one)
         return result
+
+    def _spoil(self, tensor: torch.Tensor) -> None:
+        value = tensor.__dict__[_NAME]
+        if isinstance(value, _Filled):  # no view of it was made: that would have taken its values
+            setattr(tensor, _NAME, None)
+        else:
+            self._spoiled[value.untyped_storage()._cdata] = value.untyped_storage()
 
     def _cannot(self, func: Any, args: Any, kwargs: Any) -> bool:
         return self._compute(func, args, kwargs) is NotImplemented
@@ -205,12 +244,29 @@ _ELECTIONS: dict[Any, tuple[int, int]] = {
 """Operators that pick by score: which result holds indices (-1: the only one), and which argument is the dim."""
 
 
-def _list_tensors(args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
-    for one in (*args, *kwargs.values()):
+_TOLD = frozenset((*_FILLED, _aten.full_like.default, *_ELECTIONS))
+"""Operators whose results are known though what they are given is not."""
+
+
+@functools.cache
+def _is_mutable(func: Any) -> bool:
+    return bool(func._schema.is_mutable)
+
+
+def _list_tensors(args: Any, kwargs: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    for one in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(one, torch.Tensor):
-            yield one
+            found.append(one)
         elif isinstance(one, (list, tuple)):
-            yield from (inner for inner in one if isinstance(inner, torch.Tensor))
+            found += (inner for inner in one if isinstance(inner, torch.Tensor))
+    return found
+
+
+def _read_items(data: Any) -> Any:
+    if isinstance(data, FakeTensor):
+        return data.item() if data.dim() == 0 else data.tolist()
+    return type(data)(map(_read_items, data)) if type(data) in (list, tuple) else data
 
 
 def _list_written(func: Any, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
