@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -70,6 +71,25 @@ _NEEDED: dict[str, dict[str, Any]] = {
     "openai_privacy_filter": {"num_local_experts": 16},
     "voxtral": {"audio_token_id": 24},
     "perceiver": {"max_position_embeddings": _LENGTH}, "lfm2_moe": {"num_hidden_layers": 4},
+    "qwen2_vl": {"vision_config": {"hidden_size": 8192}},
+    "aria": {"vision_config": {"image_size": 490, "patch_size": 14}},
+    "llama4": {"vision_config": {
+        "hidden_size": 1408, "intermediate_size": 5632, "num_attention_heads": 16, "vision_output_dim": 4096,
+        "image_size": 336,
+    }},
+    "mllama": {
+        "vision_config": {"intermediate_layers_indices": [1], "vision_output_dim": 2560},
+        "text_config": {"num_hidden_layers": 4, "cross_attention_layers": [3]},
+    },
+    "idefics3": {"vision_config": {"image_size": 364, "patch_size": 14}},
+    "smolvlm": {"vision_config": {"image_size": 512, "patch_size": 16}, "scale_factor": 4},
+    "modernvbert": {"vision_config": {"image_size": 512, "patch_size": 16}},
+    "ultravbert": {"vision_config": {"image_size": 512, "patch_size": 16}},
+    "glm4v": {"text_config": {"rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5,
+    }}},
+    "blip-2": {"image_token_index": 50265}, "instructblip": {"image_token_index": 50265},
+    "instructblipvideo": {"video_token_index": 50265},
 }  # fmt: skip
 """What a default config lacks or has wrong: checkpoints of the model set it."""
 
@@ -103,10 +123,23 @@ def list_cases() -> Iterator[Case]:
 def shrink_config(model_type: str) -> Any:
     """Return the default config of a model type, cut to the fewest layers that hold every kind of layer."""
     kind = configuration_auto.CONFIG_MAPPING[model_type]
-    changes = _shallow(kind())
+    changes = _shallow(kind(**_with_images(kind)))
     for name, value in _NEEDED.get(model_type, {}).items():
         changes[name] = changes.get(name, {}) | value if isinstance(value, dict) else value
     return kind(**changes)
+
+
+def _with_images(kind: Any) -> dict[str, Any]:
+    """Parts for images that a default config leaves out and every checkpoint has."""
+    parts = {name: part for name, part in kind.sub_configs.items() if "vision" in name and "Auto" not in part.__name__}
+    bare = kind() if parts else None
+    return {name: part() for name, part in parts.items() if getattr(bare, name, None) is None}
+
+
+def _own_numbers(config: Any) -> dict[str, Any]:
+    """What a part of a config says otherwise than its own class would."""
+    told, left = config.to_diff_dict(), ("transformers_version", "architectures", "dtype", "per_layer_config")
+    return {name: one for name, one in told.items() if name not in left}
 
 
 def _shallow(config: Any) -> dict[str, Any]:
@@ -114,13 +147,10 @@ def _shallow(config: Any) -> dict[str, Any]:
     depth = _count_needed(config)
     for name, value in vars(config).items():
         if hasattr(value, "to_dict"):
-            inner = _shallow(value)
-            if inner:
-                found[name] = {"model_type": value.model_type} | inner
+            found[name] = {"model_type": value.model_type} | _own_numbers(value) | _shallow(value)
             text = vars(config).get("text_config")
             if "out_hidden_size" in vars(value) and text is not None and hasattr(text, "hidden_size"):
-                inner = {"model_type": value.model_type} | inner
-                found[name] = inner | {"out_hidden_size": text.hidden_size}
+                found[name]["out_hidden_size"] = text.hidden_size
         elif config.attribute_map.get(name, name) in _DEPTHS and isinstance(value, int) and value > depth:
             found[name] = depth
         elif _lists_layers(config, name, value):
@@ -246,14 +276,19 @@ def write_table(rows: list[Row]) -> str:
     """Return the report: shares by head, then everything that does not trace and why."""
     traced = Counter(row.case.head for row in rows if row.outcome == "traced")
     total = Counter(row.case.head for row in rows)
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, no GPU"
     lines = [
         "# Architectures that trace", "",
-        f"transformers {transformers.__version__}, every model type under every head that is trained, default config"
-        " cut to two layers, full training in bf16, one step. Written by `benchmarks/architectures.py`.", "",
+        f"{versions}, Python {platform.python_version()}, {machine}. Every model type under every head that is trained,"
+        " default config cut to two layers, full training in bf16, one step. One run of `benchmarks/architectures.py`,"
+        f" {sum(row.seconds for row in rows) / 60:.0f} minutes.", "",
         "| head | traced | of | share |", "|---|---|---|---|",
     ]  # fmt: skip
     lines += [f"| {head} | {traced[head]} | {total[head]} | {traced[head] / total[head]:.0%} |" for head in total]
-    done, count = sum(traced.values()), len(rows)
+    done, count, everything = sum(traced.values()), len(rows), len(list(list_cases()))
+    if count < everything:
+        lines.insert(4, f"The run was cut off after {count} of {everything} cases.\n")
     lines += [f"| all | {done} | {count} | {done / max(count, 1):.0%} |", "", "## What does not trace, and why", ""]
     lines += ["| head | model type | class | reason |", "|---|---|---|---|"]
     lines += [
@@ -263,43 +298,41 @@ def write_table(rows: list[Row]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _run_shard(index: int, count: int, only: str) -> None:
-    cases = [case for case in list_cases() if only in f"{case.head} {case.model_type} {case.architecture}"]
-    for row in run_cases(cases[index::count]):
-        print("\t".join((*row.case, row.outcome, f"{row.seconds:.2f}")), flush=True)
+def _run_head(head: str, only: str, rows: Path) -> None:
+    with rows.open("a", encoding="utf-8") as out:
+        for row in run_cases([case for case in list_cases() if case.head == head and only in " ".join(case)]):
+            print("\t".join((*row.case, row.outcome, f"{row.seconds:.2f}")), file=out, flush=True)
 
 
-def _collect(jobs: int, only: str) -> list[Row]:
-    command = [sys.executable, __file__, "--only", only, "--jobs", str(jobs), "--shard"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    runs = [
-        subprocess.Popen(
-            [*command, str(index)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-        )
-        for index in range(jobs)
-    ]  # fmt: skip
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows a run has written so far, in order."""
     rows = []
-    for run in runs:
-        for line in run.communicate()[0].splitlines():
-            *case, outcome, seconds = line.split("\t")
-            rows.append(Row(Case(*case), outcome, float(seconds)))
-    order = {case: index for index, case in enumerate(list_cases())}
-    return sorted(rows, key=lambda row: order[row.case])
+    for line in path.read_text(encoding="utf-8").splitlines():
+        *case, outcome, seconds = line.split("\t")
+        rows.append(Row(Case(*case), outcome, float(seconds)))
+    return rows
 
 
 def main() -> None:
-    """Trace everything and write the table."""
+    """Trace everything, one head after the other in a process of its own, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--shard", type=int)
     parser.add_argument("--only", default="", help="cases whose head, model type or class contains this")
+    parser.add_argument("--rows", type=Path, default=Path("architectures.tsv"), help="where rows go as they come")
+    parser.add_argument("--head", help="run this head alone and write rows only")
+    parser.add_argument("--table", action="store_true", help="run nothing: write the table of the rows there are")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
-    if given.shard is not None:
-        _run_shard(given.shard, given.jobs, given.only)
+    if given.head is not None:
+        _run_head(given.head, given.only, given.rows)
         return
-    table = write_table(_collect(given.jobs, given.only))
+    if not given.table:
+        given.rows.write_text("", encoding="utf-8")
+        command = [sys.executable, __file__, "--only", given.only, "--rows", str(given.rows), "--head"]
+        for head in HEADS:
+            subprocess.run([*command, head], stderr=subprocess.DEVNULL, check=False)
+    order = {case: index for index, case in enumerate(list_cases())}
+    table = write_table(sorted(read_rows(given.rows), key=lambda row: order[row.case]))
     if given.only:
         print(table)
     else:

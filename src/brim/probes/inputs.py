@@ -145,6 +145,9 @@ def _text(request: Request, ids: list[int]) -> dict[str, Make]:
             media = _find_media_ids(request.config)
             types = [int(one in media) for one in ids]
             makers[name] = lambda types=types: torch.tensor(types).expand(shape).contiguous()
+    if "qformer_input_ids" in request.takes:  # the question again, as long as the query transformer's positions allow
+        read = ids[: request.config.qformer_config.max_position_embeddings]
+        makers["qformer_input_ids"] = lambda: torch.tensor(read).expand(shape[0], len(read)).contiguous()
     for name, value in _boxes(request).items():
         makers[name] = lambda value=value: torch.full((*shape, 4), value, dtype=torch.long)
     return makers

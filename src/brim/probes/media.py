@@ -106,7 +106,7 @@ def _list_image_forms(request: Any) -> Iterator[dict[str, Make]]:
         )  # fmt: skip
     flat, tiled = (batch, channels, height, width), (batch, 1, channels, height, width)
     frames = first_number(vision, ("num_frames", "frames"), 0)
-    forms = [flat, tiled, (batch, 3, channels, height, width)]
+    forms = [flat, tiled, *((batch, count, channels, height, width) for count in (2, 3))]
     if "pixel_attention_mask" in takes:
         forms = [tiled, flat]
     elif frames:
@@ -183,6 +183,8 @@ def count_tokens(model: Any, medium: str, given: Mapping[str, Make]) -> int:
             whole = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in takes.values())
             hidden = whole and not any(name in takes for name in ("pixel_values", "input_features"))
             inputs = {key: make() for key, make in given.items() if key in takes or hidden}
+            if "qformer_input_ids" in takes:  # a question, which changes no shape
+                inputs["qformer_input_ids"] = torch.zeros(len(inputs["pixel_values"]), 1, dtype=torch.long)
             with torch.no_grad():
                 return _count_rows(method(**inputs))
     return 0

@@ -33,6 +33,7 @@ _UNWRITTEN = (
     _aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default,
     _aten.new_empty_strided.default,
 )  # fmt: skip
+_CTC_LOSSES = (_aten._ctc_loss.default, _aten._ctc_loss.Tensor)
 _DTYPES = (torch.int64, torch.int32, torch.bool, torch.uint8, torch.int16, torch.int8)
 
 
@@ -140,6 +141,8 @@ class KnownValues(TorchDispatchMode):
         """Something that depends on weights: only what is constant, or elected, is known."""
         if _is_mutable(func):
             return self._run_in_place(func, args, kwargs)
+        if func in _CTC_LOSSES:
+            return self._make_ctc_loss(args[0], args[3])
         result = func(*args, **kwargs)
         if func not in _TOLD:
             return result
@@ -151,6 +154,19 @@ class KnownValues(TorchDispatchMode):
             chosen = result if place < 0 else result[place]
             self._attach(chosen, self._elect(chosen, args[0], args[dim] if 0 < dim < len(args) else -1))
         return result
+
+    def _make_ctc_loss(self, log_probs: torch.Tensor, target_lengths: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return losses and the table of paths, whose width is data: twice the longest target and one.
+
+        Source: aten/src/ATen/native/cuda/LossCTC.cu ctc_loss_gpu_template.
+        """
+        lengths = self.find_value(target_lengths) if isinstance(target_lengths, FakeTensor) else target_lengths
+        if lengths is None:
+            raise DynamicOutputShapeException(_aten._ctc_loss.Tensor)
+        steps, batch = log_probs.shape[:2]
+        with no_dispatch():
+            longest = max(int(one) for one in lengths)
+        return log_probs.new_empty(batch), log_probs.new_empty(batch, steps, 2 * longest + 1)
 
     def _elect(self, chosen: torch.Tensor, scores: torch.Tensor, dim: int | None) -> torch.Tensor | None:
         if dim is None or not scores.dim() or not _is_small(chosen):
