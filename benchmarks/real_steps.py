@@ -52,6 +52,7 @@ class Marks:
     def __init__(self) -> None:
         self.modules: list[str] = []
         self.notes: list[str] = []
+        self.events: list[None] = []
         self.next_key, self.layer = 0, -1
 
     def begin(self, phase: str) -> None:

@@ -53,6 +53,7 @@ def follow_step(
         _take_memory(tracker, model, reference, workload.cluster.device)
         make = make_inputs or _plan_inputs(workload, strategy, model, lengths)
         step = plan_step(workload, strategy, model, make, tracker, reference)
+        step.repeats = fold and make_inputs is None and not lengths
         if lengths:
             step.most_micro_batches = strategy.gradient_accumulation_steps
             step.num_steps = max(step.num_steps, -(-len(lengths) // step.num_micro_batches))

@@ -21,6 +21,7 @@ from brim.probes.loops import Loop, LossScaler, find_loop, make_scaler, takes_la
 from brim.probes.offload import SavedTensors, spare_head
 from brim.probes.optimizers import host_states, make_optimizer, paged_states, start_states
 from brim.probes.preferences import pair_inputs, plan_preferences
+from brim.probes.repeat import Stretch, can_repeat, repeat_stretch, take_stretch
 from brim.probes.rows import flatten, row_masks, shares_rows
 from brim.probes.stream import END_OF_STEP
 from brim.probes.tracker import StorageTracker
@@ -63,6 +64,14 @@ class Step:
     """Whether optimizer states are still to be made."""
     num_steps: int = 2
     """Optimizer steps: the first makes the optimizer's states, the second is steady."""
+    repeats: bool = False
+    """Whether the second step's micro-batches are copied from the first's, where they are alike."""
+    loaded_at: int = 0
+    """Event at which the first micro-batches of a step had been loaded, and those before were let go."""
+    lost_at: int = 0
+    """Event at which the first loss of a step took the place of the one before."""
+    parts: dict[int, str] = field(default_factory=dict)
+    """Phase that begins at an event, by its own name in the first step too."""
     most_micro_batches: int = 2
     """Micro-batches of an optimizer step that are run."""
     part: str = ""
@@ -83,6 +92,7 @@ class Step:
     def begin(self, phase: str) -> None:
         """Name the next phase; before the first optimizer step all phases are one."""
         self.part = phase
+        self.parts[len(self.tracker.events)] = phase
         self.tracker.begin(FIRST_STEP if self.first and phase != OPTIMIZER_STEP else phase)
 
 
@@ -137,13 +147,31 @@ def run_steps(step: Step) -> None:
     _label_states(step)
     autocast = CudaAutocast() if step.recipe.autocast else contextlib.nullcontext()
     with watch(step), row_masks(step.workload, step.strategy), autocast:
+        stretch = None
         for _ in range(step.num_steps):
-            _accumulate(step)
+            if stretch is not None and can_repeat(step.tracker, stretch):
+                repeat_stretch(step.tracker, stretch, step.begin)
+            else:
+                started = len(step.tracker.events)
+                _accumulate(step)
+                stretch = _take_stretch(step, started)
             _update(step)
             step.first = False
             step.tracker.begin(END_OF_STEP)
         if step.recipe.engine.evaluates:
             _evaluate(step)
+
+
+def _take_stretch(step: Step, started: int) -> Stretch | None:
+    """Return the micro-batches run since an event, where those of the next step will be alike; else None."""
+    alike = step.repeats and step.recipe.engine.set_to_none and step.recipe.gradient_dtype is None
+    if not alike:
+        return None
+    inputs = [one for batch in step.batches for one in batch.values() if isinstance(one, torch.Tensor)]
+    releases = dict.fromkeys(step.tracker.keys_of(inputs), step.loaded_at)
+    if step.kept_loss is not None:
+        releases |= dict.fromkeys(step.tracker.keys_of([step.kept_loss]), step.lost_at)
+    return take_stretch(step.tracker, started, step.parts, step.optimizer, releases)
 
 
 def _accumulate(step: Step) -> None:
@@ -153,8 +181,10 @@ def _accumulate(step: Step) -> None:
     for index in range(step.num_micro_batches):
         if index == 0 or not step.loop.holds_batches:
             step.batches[:] = [_load(step) for _ in range(together)]
+            step.loaded_at = step.loaded_at if index else len(step.tracker.events)
             count = _count_labels(step)
         _micro_batch(step, step.batches[min(index, together - 1)], count)
+        step.lost_at = step.lost_at if index else len(step.tracker.events)
 
 
 def _load(step: Step) -> Inputs:

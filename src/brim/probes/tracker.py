@@ -7,9 +7,10 @@ Source: torch/distributed/_tools/mem_tracker.py follows storages the same way; i
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any, Literal, NamedTuple
@@ -99,6 +100,7 @@ class StorageTracker(TorchDispatchMode):
         self._keys: dict[int, int] = {}
         self._watchers: dict[int, weakref.ref[Any]] = {}
         self._sums: tuple[int, tuple[int, ...]] | None = None
+        self._is_muted = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -172,7 +174,50 @@ class StorageTracker(TorchDispatchMode):
         """Number the next storage will get."""
         return len(self.storages)
 
+    @property
+    def live_keys(self) -> set[int]:
+        """Numbers of the storages that are alive."""
+        return set(self._keys.values())
+
+    def copy(self, event: Event, names: dict[int, int]) -> None:
+        """Record an event again, of a storage of its own.
+
+        Args:
+            event: an allocation or free that was recorded before.
+            names: numbers of the storages that stand for those of events copied so far.
+        """
+        if event.num_bytes > 0:
+            names[event.key] = key = len(self.storages)
+            self.storages[key] = self.storages[event.key]
+        self.events.append(Event(names[event.key], event.num_bytes, self.phase, event.layer))
+
+    def release(self, key: int) -> None:
+        """Record the end of a storage whose tensor goes on to stand for another one, see `rename`."""
+        self.events.append(Event(key, -self._rounded(self.storages[key].num_bytes), self.phase, self.layer))
+
+    def rename(self, key: int, new_key: int) -> None:
+        """Let the tensor of a storage stand for another one from here on."""
+        self._keys.update({address: new_key for address, one in self._keys.items() if one == key})
+
+    def adopt(self, tensor: torch.Tensor, key: int) -> None:
+        """Take a tensor that was not followed for a storage that was copied: its end is the storage's."""
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        self._keys[address] = key
+        self._watchers[address] = weakref.ref(storage, lambda _: self._free(address))
+
+    @contextlib.contextmanager
+    def muted(self) -> Iterator[None]:
+        """Follow nothing that is made inside."""
+        self._is_muted = True
+        try:
+            yield
+        finally:
+            self._is_muted = False
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if self._is_muted:
+            return func(*args, **(kwargs or {}))
         if func is torch.ops.prim.device.default and hasattr(args[0], "fake_device"):
             return args[0].fake_device
         if func is torch.ops.aten._local_scalar_dense.default and self._scalar is not None:
@@ -202,8 +247,7 @@ class StorageTracker(TorchDispatchMode):
         if made is None:
             return
         if self._workspaces is not None:
-            for num_bytes in self._workspaces(func, args, result):
-                self._pass(num_bytes, func)
+            self._pass(self._workspaces(func, args, result), func)
         if func in _IN_PLACE_IN_ENGINE and _called_by_engine():
             # The engine adds to the gradient that came first, unless it is a view: another tensor holds its storage.
             addends = (one for one in args[:1] if isinstance(one, torch.Tensor) and not one._is_view())
@@ -229,9 +273,11 @@ class StorageTracker(TorchDispatchMode):
         self.events.append(Event(key, self._rounded(num_bytes), self.phase, self.layer))
         return key
 
-    def _pass(self, num_bytes: int, op: Any) -> None:
-        key = self._record(num_bytes, f"{op} workspace", "byte", (num_bytes,))
-        self.events.append(Event(key, -self._rounded(num_bytes), self.phase, self.layer))
+    def _pass(self, sizes: list[int], op: Any) -> None:
+        """Record buffers that an operator holds together; C++ frees the last one first."""
+        made = [(self._record(size, f"{op} workspace", "byte", (size,)), size) for size in sizes]
+        for key, size in reversed(made):
+            self.events.append(Event(key, -self._rounded(size), self.phase, self.layer))
 
     def _free(self, address: int) -> None:
         key = self._keys.pop(address)
