@@ -164,9 +164,11 @@ def unfold(
 
     Storages of repeats that were left out are those of the repeat that stands for them, under numbers of their own.
     """
+    layers = {event.layer for event in events}
+    unit_of = {layer: pattern.unit_of(layer) if layer >= 0 else -1 for layer in layers}
     units = [
-        event._replace(layer=pattern.unit_of(event.layer)) if event.layer >= 0 else event
-        for event in _order_frees(events, storages)
+        tuple.__new__(Event, (key, num_bytes, phase, unit_of[layer]))
+        for key, num_bytes, phase, layer in _order_frees(events, storages)
     ]
     owners = {key: pattern.unit_of(storage.layer) for key, storage in storages.items()}
     runs = _split(units, owners)
@@ -261,6 +263,13 @@ def _describe_run(run: _Run, places: Mapping[int, Place]) -> Iterator[tuple[Any,
             yield event.num_bytes, event.phase, (place.sweep, place.ordinal), place.unit - run.unit
 
 
+class Repeated(dict[int, Storage]):
+    """What the numbers of a stream stand for; those of repeats left out are described by the middle's own."""
+
+    def __missing__(self, key: int) -> Storage:
+        return self[key % _STRIDE]
+
+
 def _emit(
     runs: list[_Run], places: Mapping[int, Place], storages: Mapping[int, Storage], pattern: Pattern
 ) -> tuple[list[Event], dict[int, Storage]]:
@@ -271,41 +280,47 @@ def _emit(
     middle, missing = pattern.middle, pattern.missing
     twins = {place: key for key, place in places.items() if place.unit == middle}
     made: list[Event] = []
-    described = dict(storages)
     for index, run in enumerate(runs):
         if run.unit != middle:
-            made += [_shifted(event, places, run.unit, pattern, twins) for event in run.events]
+            made += [_shifted(event, places, run.unit, pattern) for event in run.events]
             continue
         seen = [_seen_from_middle(event, places, middle, twins) for event in run.events]
         behind = range(missing + 1)
         for offset in behind if runs[index + 1].unit > middle else reversed(behind):
-            for event, key, distance in seen:
-                new = key if distance is None else _number(key, offset + distance, missing, event.key)
-                layer = middle + offset if event.layer >= 0 else -1
-                made.append(tuple.__new__(Event, (new, event.num_bytes, event.phase, layer)))
-                if event.num_bytes > 0 and offset:
-                    described[new] = storages[event.key]
-    return made, described
+            made += _stand_in(seen, offset, missing, middle)
+    return made, Repeated(storages)
 
 
-def _seen_from_middle(
-    event: Event, places: Mapping[int, Place], middle: int, twins: Mapping[Place, int]
-) -> tuple[Event, int, int | None]:
-    """Return an event of the middle unit, the middle's own storage in that place, and how far off its unit is."""
+class _Seen(NamedTuple):
+    """An event of the middle unit as any repeat has it."""
+
+    event: Event
+    number: int
+    """The middle's own storage in that place, a stride off for each unit of distance; the storage itself outside."""
+    stride: int
+    """What the number grows by from repeat to repeat."""
+
+
+def _seen_from_middle(event: Event, places: Mapping[int, Place], middle: int, twins: Mapping[Place, int]) -> _Seen:
     place = places[event.key]
     if place.unit < 0:
-        return event, event.key, None
-    return event, twins[place._replace(unit=middle)], place.unit - middle
+        return _Seen(event, event.key, 0)
+    return _Seen(event, twins[place._replace(unit=middle)] + (place.unit - middle) * _STRIDE, _STRIDE)
 
 
-def _number(twin: int, offset: int, missing: int, own: int) -> int:
-    """Return the number of the storage in the middle's place, `offset` units behind it; of the edges, its own."""
-    return twin + offset * _STRIDE if 0 <= offset <= missing else own
+def _stand_in(seen: Sequence[_Seen], offset: int, missing: int, middle: int) -> list[Event]:
+    """Return the middle unit's events as the repeat `offset` behind it has them; neighbours at the ends are real."""
+    layer, most, new = middle + offset, missing * _STRIDE, tuple.__new__
+    events = []
+    for (key, num_bytes, phase, own), number, stride in seen:
+        number += offset * stride
+        if stride and not 0 <= number < most + _STRIDE:
+            number = key
+        events.append(new(Event, (number, num_bytes, phase, layer if own >= 0 else -1)))
+    return events
 
 
-def _shifted(
-    event: Event, places: Mapping[int, Place], unit: int, pattern: Pattern, twins: Mapping[Place, int]
-) -> Event:
+def _shifted(event: Event, places: Mapping[int, Place], unit: int, pattern: Pattern) -> Event:
     """Return an event outside the middle: what it touches of the middle is of the repeat nearest to it."""
     layer = event.layer + pattern.missing if event.layer > pattern.middle else event.layer
     if event.key >= 0 and places[event.key].unit == pattern.middle and unit > pattern.middle:

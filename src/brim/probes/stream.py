@@ -48,9 +48,10 @@ def read_estimate(workload: Workload, strategy: Strategy, traced: Traced) -> Est
     moments = list_moments(traced.events, traced.storages)
     peak = max(moments, key=lambda moment: moment.total_bytes)
     context = context_bytes(workload.cluster.device)
+    capacity = workload.cluster.device.capacity_bytes - context
     reserved = replay(
         traced.events, expandable=strategy.allocator == "expandable_segments",
-        capacity_bytes=workload.cluster.device.capacity_bytes - context,
+        capacity_bytes=capacity if peak.total_bytes <= capacity else None,
     )  # fmt: skip
     return Estimate(
         source="trace", moments=moments, peak_allocated_bytes=peak.total_bytes, peak_reserved_bytes=reserved,
