@@ -11,6 +11,7 @@ Leaves out: that the vector of norms, which clipping stacks, grows by 4 bytes pe
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -280,6 +281,8 @@ def _emit(
     middle, missing = pattern.middle, pattern.missing
     twins = {place: key for key, place in places.items() if place.unit == middle}
     made: list[Event] = []
+    collects = gc.isenabled()
+    gc.disable()  # a hundred thousand tuples in one list are no garbage, however often they are looked at
     for index, run in enumerate(runs):
         if run.unit != middle:
             made += [_shifted(event, places, run.unit, pattern) for event in run.events]
@@ -288,6 +291,8 @@ def _emit(
         behind = range(missing + 1)
         for offset in behind if runs[index + 1].unit > middle else reversed(behind):
             made += _stand_in(seen, offset, missing, middle)
+    if collects:
+        gc.enable()
     return made, Repeated(storages)
 
 
@@ -310,13 +315,17 @@ def _seen_from_middle(event: Event, places: Mapping[int, Place], middle: int, tw
 
 def _stand_in(seen: Sequence[_Seen], offset: int, missing: int, middle: int) -> list[Event]:
     """Return the middle unit's events as the repeat `offset` behind it has them; neighbours at the ends are real."""
-    layer, most, new = middle + offset, missing * _STRIDE, tuple.__new__
+    layer, new = middle + offset, tuple.__new__
+    if 0 < offset < missing:
+        return [
+            new(Event, (number + offset * stride, num_bytes, phase, layer if own >= 0 else -1))
+            for (_, num_bytes, phase, own), number, stride in seen
+        ]
     events = []
     for (key, num_bytes, phase, own), number, stride in seen:
         number += offset * stride
-        if stride and not 0 <= number < most + _STRIDE:
-            number = key
-        events.append(new(Event, (number, num_bytes, phase, layer if own >= 0 else -1)))
+        inside = not stride or 0 <= number < (missing + 1) * _STRIDE
+        events.append(Event(number if inside else key, num_bytes, phase, layer if own >= 0 else -1))
     return events
 
 

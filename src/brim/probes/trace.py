@@ -9,6 +9,7 @@ Leaves out: cuDNN attention, collectives, what user callbacks allocate.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -68,15 +69,23 @@ def trace_step(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep libraries from warning about a model that is never used."""
+    """Keep libraries from warning about a model that is never used, and the garbage collector from what was there.
+
+    The libraries are hundreds of thousands of objects; going over them again and again takes as long as the trace.
+    """
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
+    froze = gc.get_freeze_count() == 0
+    if froze:
+        gc.freeze()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(disabled)
+        if froze:
+            gc.unfreeze()
 
 
 def _trace_quietly(
