@@ -2,10 +2,10 @@
 """Predict published memory measurements, and write how far off brim is.
 
     python benchmarks/accuracy.py TRUTH.jsonl --by formula --out PREDICTIONS.jsonl
-    python benchmarks/accuracy.py benchmarks/truth/memory.jsonl --report
+    python benchmarks/accuracy.py benchmarks/truth/memory.jsonl --report [--traced PREDICTIONS.jsonl]
 
 The predictor is handed each row without its id, group, weight, measurement, source and notes. `--report` scores the
-formula, the rule of thumb and a states-only baseline, and writes docs/accuracy.md and src/brim/tables/accuracy.toml.
+trace, the formula, the rule of thumb and a states-only baseline, and writes docs/accuracy.md and src/brim/tables/accuracy.toml.
 """
 
 from __future__ import annotations
@@ -113,10 +113,13 @@ def main() -> int:
     parser.add_argument("--by", choices=sorted((*ANSWERERS, "trace")), default="formula")
     parser.add_argument("--out", type=Path, metavar="PREDICTIONS.jsonl")
     parser.add_argument("--report", action="store_true", help="write docs/accuracy.md and tables/accuracy.toml")
+    parser.add_argument("--traced", type=Path, metavar="PREDICTIONS.jsonl", help="with --report: what --by trace wrote")
     options = parser.parse_args()
     rows = read_rows(options.truth)
     if options.report:
-        write_report(rows, {by: predict_all(rows, by) for by in ANSWERERS})
+        answers = {by: predict_all(rows, by) for by in ANSWERERS}
+        answers["trace"] = read_rows(options.traced) if options.traced else predict_all(rows, "trace")
+        write_report(rows, answers)
         return 0
     lines = "".join(json.dumps(prediction) + "\n" for prediction in predict_all(rows, options.by))
     if options.out:

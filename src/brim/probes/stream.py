@@ -49,9 +49,10 @@ def read_estimate(workload: Workload, strategy: Strategy, traced: Traced) -> Est
     peak = max(moments, key=lambda moment: moment.total_bytes)
     context = context_bytes(workload.cluster.device)
     capacity = workload.cluster.device.capacity_bytes - context
+    fits = peak.total_bytes <= capacity  # what does not, dies in its first steps: no pool settles
     reserved = replay(
         traced.events, expandable=strategy.allocator == "expandable_segments",
-        capacity_bytes=capacity if peak.total_bytes <= capacity else None,
+        capacity_bytes=capacity if fits else None, most_repeats=_MOST_REPEATS if fits else 0,
     )  # fmt: skip
     return Estimate(
         source="trace", moments=moments, peak_allocated_bytes=peak.total_bytes, peak_reserved_bytes=reserved,
@@ -74,7 +75,10 @@ def _list_assumptions(workload: Workload, strategy: Strategy) -> Iterator[str]:
         yield "evaluation runs with the training micro-batch"
 
 
-def replay(events: Sequence[Event], *, expandable: bool = False, capacity_bytes: int | None = None) -> int:
+def replay(
+    events: Sequence[Event], *, expandable: bool = False, capacity_bytes: int | None = None,
+    most_repeats: int = _MOST_REPEATS,
+) -> int:  # fmt: skip
     """Return the most bytes the caching allocator reserves over a run whose second step is repeated.
 
     A pool is cut up differently each time until it has a block for everything: the second step is played again until
@@ -84,13 +88,14 @@ def replay(events: Sequence[Event], *, expandable: bool = False, capacity_bytes:
         events: two optimizer steps.
         expandable: whether segments grow (`expandable_segments:True`).
         capacity_bytes: what the process may reserve; free segments are given back when it is reached.
+        most_repeats: how often the second step is played again at most.
     """
     allocator = CachingAllocator(expandable=expandable, capacity_bytes=capacity_bytes)
     first, second = _find_steps(events)
     _play(allocator, events[:second])
     step = events[first:second]
     passes = _pair_lasting(step) if second > first else None
-    for _ in range(_MOST_REPEATS if passes is not None else 0):
+    for _ in range(most_repeats if passes is not None else 0):
         reserved = allocator.peak_reserved_bytes
         for older, newer in passes or ():
             allocator.rename(newer, older)
