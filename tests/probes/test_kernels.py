@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from brim.errors import ProbeFailed
-from brim.probes.kernels import card_kernels, choose_kernel
+from brim.probes.kernels import card_kernels, choose_kernel, list_workspaces
 from brim.probes.tracker import StorageTracker
 from brim.tables.read import find_device
 
@@ -89,3 +89,12 @@ def test_dropout_keeps_a_boolean_mask() -> None:
         y = torch.nn.functional.dropout(x, 0.1)
     assert y.shape == x.shape
     assert any(storage.dtype == "bool" and storage.num_bytes == 1024 for storage in tracker.storages.values())
+
+
+def test_flash_holds_its_buffers_side_by_side() -> None:
+    """One block for all would ask the pool for a size that the card's kernel never asks for."""
+    query, key = meta(8, 256, 128), meta(2, 256, 128)
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
+    rows, expanded = 2 * 8 * 256, 2 * 256 * 8 * 128 * 2
+    assert list_workspaces(operator, (query, query, key, key), None) == [rows * 4, rows * 128 * 4, expanded, expanded]
+    assert list_workspaces(operator, (query, query, query, query), None) == [rows * 4, rows * 128 * 4]

@@ -191,3 +191,13 @@ def test_unsloth_takes_no_fewer_rows_than_512() -> None:
     assert unsloth_rows(4_096, 4_096, 128_256) == 512
     assert unsloth_rows(100, 4_096, 128_256) == 100
     assert unsloth_rows(65_536, 4_096, 32_000) == 4_096
+
+
+def test_shifted_logits_go_back_through_two_slices() -> None:
+    """Torch of that time keeps `:` as a slice, so that a second tensor of shifted logits lives in the backward pass."""
+    logits = torch.zeros(2, 5, 7, requires_grad=True)
+    labels = torch.ones(2, 5, dtype=torch.long)
+    loss = losses._cross_entropy(logits, labels, OLD, in_place=True)
+    sizes, _ = follow(loss.backward)
+    shifted, whole = 2 * 4 * 7 * 4, 2 * 5 * 7 * 4
+    assert [size for size in sizes if size in (shifted, whole)] == [shifted, shifted, whole]  # the loss's own comes first

@@ -92,6 +92,15 @@ def test_workspaces_pass_inside_an_operator() -> None:
     assert product is not None
 
 
+def test_workspaces_of_an_operator_are_held_together() -> None:
+    tracker = StorageTracker(lambda func, args, result: [1000, 2000] if func is torch.ops.aten.mm.default else [])
+    with tracker:
+        product = torch.zeros(8, 4) @ torch.zeros(4, 2)
+    taken = list_bytes(tracker)
+    first = taken.index(1024)
+    assert taken[first : first + 4] == [1024, 2048, -2048, -1024] and product is not None
+
+
 def test_fake_backward_sums_in_place_as_a_real_one() -> None:
     """A real engine adds the second gradient into the first; on fake tensors it makes a third tensor."""
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode

@@ -190,7 +190,7 @@ def _widen(value: Any) -> Any:
 
 
 def list_workspaces(func: Any, args: tuple[Any, ...], result: Any) -> list[int]:
-    """Return the bytes of each buffer that an operator's CUDA kernel allocates and frees before it returns.
+    """Return the bytes of each buffer that an operator's CUDA kernel holds inside, all at once, in the order made.
 
     Source: aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp mha_bwd (fp32 query gradient, row sums,
     gradients of every head under grouped queries); mem_eff_attention/kernel_backward.h (fp32 query gradient);
@@ -207,13 +207,14 @@ def list_workspaces(func: Any, args: tuple[Any, ...], result: Any) -> list[int]:
 
 
 def _flash_backward_buffers(query: torch.Tensor, key: torch.Tensor) -> list[int]:
+    """Row sums, fp32 query gradient, keys' and values' gradients of every head: a block each, held together."""
     batch, heads, length, width = query.shape
     rows = batch * heads * (-(-length // _FLASH_BLOCK) * _FLASH_BLOCK)
     step = 32 if width <= 128 else 64
     buffers = [rows * 4, rows * (-(-width // step) * step) * 4]
     if key.shape[1] != heads:
         buffers += [batch * key.shape[2] * heads * width * key.element_size()] * 2
-    return [sum(buffers)]
+    return buffers
 
 
 def _efficient_backward_buffers(query: torch.Tensor) -> list[int]:

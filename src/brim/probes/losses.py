@@ -116,13 +116,22 @@ def _score_dense(
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, engine: Engine, in_place: bool) -> torch.Tensor:
     wide = logits.float() if engine.upcasts_logits else logits
     if engine.copies_shifted_logits:
-        scored, targets = wide[..., :-1, :].contiguous(), labels[..., 1:].contiguous()
+        scored, targets = _slice_whole(wide[..., :-1, :]).contiguous(), labels[..., 1:].contiguous()
     else:
         scored, targets = wide, _shift(labels)
     scored, targets = scored.view(-1, scored.shape[-1]), targets.view(-1)
     if in_place:
         return InPlaceCrossEntropy.apply(scored, targets).sum() / (targets != IGNORED).sum()
     return torch.nn.functional.cross_entropy(scored, targets, ignore_index=IGNORED)
+
+
+def _slice_whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The last `:` of `[..., :-1, :]` as a slice of its own, whose backward pass fills another tensor of this size.
+
+    Source: pytorch aten/src/ATen/TensorIndexing.h applySlice: 2.4 leaves a slice out where `length == stop`, which is
+    never so of `:`; later ones where `length <= stop`. Engines that copy shifted logits are of that time.
+    """
+    return torch.ops.aten.slice.Tensor(tensor, -1, 0, tensor.shape[-1])
 
 
 def _shift(labels: torch.Tensor) -> torch.Tensor:
