@@ -150,3 +150,13 @@ def test_adapters_find_separate_experts_by_name() -> None:
     workload = replace(case.workload, recipe=replace(case.workload.recipe, engine=engine, lora=lora))
     traced, told = trace(workload, case.strategy, case.build), estimate(workload, case.strategy)
     assert traced.moments[-1].ledger.parameters == pytest.approx(told.moments[-1].ledger.parameters, rel=0.002)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_adapters_on_attention_agree_with_the_formula_in_both_forms(fused: bool) -> None:
+    case = Case("mixtral", method="lora", dtype="bf16", attention="sdpa")
+    lora = replace(case.workload.recipe.lora, target_modules=("q_proj", "k_proj", "v_proj", "o_proj"))
+    engine = Engine(name="transformers", fused_experts=fused)
+    workload = replace(case.workload, recipe=replace(case.workload.recipe, engine=engine, lora=lora))
+    traced, told = trace(workload, case.strategy, case.build), estimate(workload, case.strategy)
+    assert traced.peak_allocated_bytes == pytest.approx(told.peak_allocated_bytes, rel=0.02)

@@ -91,3 +91,42 @@ def test_unknown_scores_elect_everyone_equally_often() -> None:
         assert torch.bincount(scores.argmax(-1)).tolist() == [4] * 8
         assert scores.argmax(0, keepdim=True).shape == (1, 8)
     assert any("spread evenly" in note for note in known.describe())
+
+
+def test_lists_of_scalars_become_tensors_that_are_known() -> None:
+    with fake():
+        lengths = (make_ids() == 9).sum(-1)
+        made = torch.tensor([lengths[0], lengths.max() + 1])
+        assert made.tolist() == [4, 5]
+        assert torch.tensor([[1, 2], [3, 4]]).sum().item() == 10
+    assert torch.tensor.__name__ == "tensor"  # switched off again
+
+
+def test_a_tensor_of_one_number_is_known_when_it_is_asked_for() -> None:
+    """Views made before a write see it, whoever made the tensor."""
+    weight = torch.empty(4, 4)
+    with fake() as known:
+        unknown = torch.empty_strided(weight.shape, weight.stride())
+        mask = torch.zeros_like(unknown)
+        mask[:, 0] = 1
+        assert mask.sum().item() == 4
+        whole, state = torch.full_like(unknown, 3), torch.zeros_like(unknown)
+        assert whole.tolist() == [[3] * 4] * 4
+        state.lerp_(unknown, 0.1)
+        assert known.find_value(state) is None
+
+
+@pytest.mark.parametrize("lengths", [(4, 4), (7, 3)])
+def test_ctc_keeps_what_the_real_loss_keeps(lengths: tuple[int, int]) -> None:
+    def lose() -> tuple[tuple[int, ...], ...]:
+        scores = torch.empty_strided((50, 2, 32), (64, 32, 1), requires_grad=True)
+        labels, counts = torch.ones(sum(lengths), dtype=torch.long), torch.tensor(lengths)
+        log_probs = scores.log_softmax(-1)
+        loss, table = torch.ops.aten._ctc_loss(log_probs, labels, torch.full((2,), 50), counts)
+        torch.autograd.backward(loss.sum())
+        assert scores.grad is not None
+        return tuple(loss.shape), tuple(table.shape), tuple(scores.grad.shape)
+
+    with fake():
+        found = lose()
+    assert found == lose()
