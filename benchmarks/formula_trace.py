@@ -78,7 +78,8 @@ def _totals(estimate: Estimate) -> dict[str, int]:
 def _moment(estimate: Estimate, name: str) -> Moment | None:
     """Return a moment by the trace's name; the formula's layers of several kinds are moments of their own."""
     plural = name.replace("of layers", "of layer group")
-    found = [one for one in estimate.moments if one.name == name or one.name.startswith(plural)]
+    groups = plural if plural != name else None
+    found = [one for one in estimate.moments if one.name == name or (groups and one.name.startswith(groups))]
     return max(found, key=lambda one: one.total_bytes, default=None)
 
 

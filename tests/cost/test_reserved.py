@@ -93,7 +93,7 @@ def test_folding_126_layers_changes_next_to_nothing(method: str, mode: str) -> N
     workload = roomy(job(model="meta-llama/Llama-3.1-405B", method=method))
     strategy = way(1, 4, activation_checkpointing=mode)
     folded, whole = (replay(workload, strategy, folded=one).peak_reserved_bytes for one in (True, False))
-    assert folded == pytest.approx(whole, rel=0.005)
+    assert folded == pytest.approx(whole, rel=0.008)
 
 
 @pytest.mark.parametrize("model", ["deepseek-ai/DeepSeek-V2-Lite", "Qwen/Qwen1.5-MoE-A2.7B"])

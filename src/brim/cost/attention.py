@@ -10,8 +10,8 @@ from __future__ import annotations
 from brim.cost.norms import normalise
 from brim.cost.projection import project
 from brim.cost.setting import Setting
-from brim.cost.tape import Tape, Tensor, fixed, per_token
-from brim.spec.model import Attention, Linear, NormKind
+from brim.cost.tape import ZERO, Tape, Tensor, fixed, per_token
+from brim.spec.model import Attention, NormKind
 
 _WIDEST_GROUPED_HEAD = 256  # integrations/sdpa_attention.py use_gqa_in_sdpa
 
@@ -31,32 +31,35 @@ def attend(
     else:
         q, k, v = _plain_inputs(tape, attention, setting, x, kind)
     context = _attention_kernel(tape, attention, setting, q, k, v, crosses=crosses)
-    return project(tape, context, attention.linears[-1], setting)
+    out = project(tape, context, attention.linears[-1], setting)
+    tape.hold(x, q, k, v)  # variables of the module's forward, and its argument
+    return out
 
 
 def _plain_inputs(
     tape: Tape, attention: Attention, setting: Setting, x: Tensor, kind: NormKind
 ) -> tuple[Tensor, Tensor, Tensor]:
     c, heads, kv_heads = setting.compute_bytes, attention.num_attention_heads, attention.num_key_value_heads
-    made = [_narrow(tape, project(tape, x, one, setting), one, setting) for one in attention.linears[:-1]]
+    made = [project(tape, x, one, setting) for one in attention.linears[:-1]]
     if len(made) == 1:  # one fused matrix: heads are views of it, rotation copies them out
-        made = [made[0], made[0], made[0]]
+        made = [_narrow(tape, made[0], attention.linears[0].out_features, setting)] * 3
     if setting.code.copies_heads and len(attention.linears) == 2 and kv_heads < heads:
         return _copied_heads(tape, attention, setting, made[0])
     q, k = (
         _position(tape, _head_norm(tape, tensor, size, parts, attention, setting, kind), size, attention, setting)
         for tensor, size, parts in ((made[0], attention.q_size, heads), (made[1], attention.k_size, kv_heads))
     )
-    v = made[-1]
+    q, k = _narrow(tape, q, attention.q_size, setting), _narrow(tape, k, attention.k_size, setting)
+    v = _narrow(tape, made[-1], attention.v_size, setting) if len(attention.linears) > 2 else made[-1]
     if v.size.per_token > c * attention.v_size and setting.attention != "eager" and not attention.rotary:
         return q, q, q  # nothing was copied out of the fused projection: one storage serves all three
     return q, k, v
 
 
-def _narrow(tape: Tape, x: Tensor, linear: Linear, setting: Setting) -> Tensor:
-    """The attention kernels take fp32 results, where a projection has them, in the compute dtype."""
-    size = per_token(setting.compute_bytes * linear.out_features)
-    return tape.op("attention cast", [x], size) if x.size.per_token > size.per_token else x
+def _narrow(tape: Tape, x: Tensor, width: int, setting: Setting) -> Tensor:
+    """Attention kernels take fp32 results, where there are any, in the compute dtype."""
+    wide = x.size.per_token == 4 * width and setting.compute_bytes < 4
+    return tape.op("attention cast", [x], per_token(setting.compute_bytes * width)) if wide else x
 
 
 def _copied_heads(tape: Tape, attention: Attention, setting: Setting, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,7 +86,7 @@ def _latent_inputs(tape: Tape, attention: Attention, setting: Setting, x: Tensor
             q = normalise(tape, q, linear.out_features, "rmsnorm", setting)
     squeezed = tape.op("latent", [project(tape, x, kv_down, setting)], per_token(c * kv_up.in_features))
     latent = normalise(tape, squeezed, kv_up.in_features, "rmsnorm", setting)
-    expanded = project(tape, latent, kv_up, setting)
+    expanded = _narrow(tape, project(tape, latent, kv_up, setting), kv_up.out_features, setting)
     q = tape.op("query concat", [q], per_token(c * attention.q_size))
     k = tape.op("key concat", [expanded], per_token(c * attention.k_size))
     return q, k, expanded
@@ -98,11 +101,15 @@ def _head_norm(
 
 
 def _position(tape: Tape, x: Tensor, size: int, attention: Attention, setting: Setting) -> Tensor:
-    """Rotary embedding: two products, a rotated copy and a sum; only cosines are kept."""
-    c = setting.compute_bytes
-    out = per_token(c * size)
+    """Rotary embedding: two products, a rotated copy and a sum; only cosines are kept.
+
+    Source: models/llama LlamaRotaryEmbedding.forward: cosines have the dtype of the residual stream, and so has what
+    they are multiplied with.
+    """
     if not attention.rotary:
-        return tape.op("attention cast", [x], out) if x.size == per_token(4 * size) and c < 4 else x
+        return x
+    wide = x.size.per_token == 4 * size or setting.residual_bytes == 4
+    out = per_token((4 if wide else setting.compute_bytes) * size)
     if setting.fused_rotary and x.size == out:
         return x  # rotated in place
     return tape.op("rotary", [x], out, scratch=out.times(2), grad_scratch=out.times(2))
@@ -189,7 +196,8 @@ def _eager(tape: Tape, attention: Attention, setting: Setting, q: Tensor, k: Ten
         highest = tape.op("scores maximum", (), per_token(8 * heads), saves_output=True, needs_grad=True)
         scaled = tape.op("scores shifted", [joined], per_token(c * seen), saves=[highest])
     size = per_token(_softmax_bytes(setting) * seen)
-    soft = tape.op("softmax", [scaled], size, saves_output=True, grad_scratch=size)
+    widened = size if size.per_token > c * seen else ZERO  # bf16 scores are cast first: aten/native/SoftMax.cpp
+    soft = tape.op("softmax", [scaled], size, saves_output=True, scratch=widened, grad_scratch=size)
     narrow = soft
     if size.per_token > c * seen:
         narrow = tape.op("softmax cast", [soft], per_token(c * heads * setting.attended_len))

@@ -30,6 +30,8 @@ class Block(NamedTuple):
     """Highest instants of a forward pass that records nothing; the input is counted."""
     attention_kept: Size
     """What selective checkpointing keeps beside the input: attention outputs."""
+    copies: tuple[Size, ...]
+    """16-bit copies of trained fp32 weights, which autocast has until the forward pass ends."""
     weight_gradients: Size
     """Gradients of the block's own matrices, where they train."""
     forward_events: tuple[Event, ...]
@@ -38,6 +40,11 @@ class Block(NamedTuple):
     """Allocations and releases of the backward pass after it."""
     evaluation_events: tuple[Event, ...]
     """Allocations and releases of the forward pass that records nothing."""
+
+    @property
+    def cached(self) -> Size:
+        """What autocast has of this block until the forward pass ends."""
+        return sum(self.copies, Size(0, 0))
 
 
 def _cost(record: Callable[[], tuple[Tape, Tensor]], *, checkpointed: bool) -> Block:
@@ -49,10 +56,12 @@ def _cost(record: Callable[[], tuple[Tape, Tensor]], *, checkpointed: bool) -> B
     bare_tape, bare_stream = record()
     bare_stream.held = checkpointed
     bare = run_forward(bare_tape, [bare_stream], keeps=False)
+    copies = [op.output.size for op in tape.ops if op.output.held and op.name.endswith("weight copy")]
     attention = [op.output.size for op in tape.ops if op.name in ("attention", "attention lse")]
     return Block(
         kept=kept, stream=stream.size, forward=highest(run.instants[:split]), backward=highest(run.instants[split:]),
-        evaluation=highest(bare.instants), attention_kept=sum(attention, Size(0, 0)), weight_gradients=run.weight_grads,
+        evaluation=highest(bare.instants), attention_kept=sum(attention, Size(0, 0)),
+        copies=tuple(copies), weight_gradients=run.weight_grads,
         forward_events=tuple(run.events[:seen]), backward_events=tuple(run.events[seen:]),
         evaluation_events=tuple(bare.events),
     )  # fmt: skip

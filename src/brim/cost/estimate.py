@@ -70,6 +70,17 @@ class _Parts(NamedTuple):
         accumulates = self.strategy.gradient_accumulation_steps > 1
         return self.states.gradients_bytes if accumulates else self.lasting_gradients
 
+    @property
+    def tied_gradient(self) -> int:
+        """Gradient of a matrix that is output and embedding, bytes; 0 where there is no such matrix, or it is frozen.
+
+        Source: torch/csrc/autograd/input_buffer.cpp: what the output gives waits for what the embedding gives; it is a
+        view (MmBackward transposes it), so their sum is a third tensor.
+        """
+        shape = self.workload.model
+        tied = shape.tie_word_embeddings and shape.head and self.setting.trains_base
+        return shape.head[-1].num_weights * self.setting.weight_bytes if tied else 0
+
 
 def peak_bytes(workload: Workload, strategy: Strategy) -> int:
     """Return the peak allocated bytes of a strategy: the max over all moments, for search.
@@ -158,23 +169,26 @@ def _kept(parts: _Parts, block: Block) -> Size:
     return ZERO if parts.strategy.activation_offload else block.kept
 
 
-def _autocast_cache(parts: _Parts) -> Size:
-    """16-bit copies of trained fp32 weights, which autocast caches until the forward pass ends.
+def _cached_below(parts: _Parts, index: int) -> Size:
+    """Return what autocast caches of the layers before the last one of a group; of all layers before the head.
 
-    Source: aten/src/ATen/autocast_mode.cpp cached_cast. Without checkpointing each layer keeps its own copies anyway.
+    Source: aten/src/ATen/autocast_mode.cpp cached_cast: 16-bit copies of trained fp32 weights, adapters among them,
+    are dropped when the forward pass has ended.
     """
-    setting = parts.setting
-    casts = setting.autocast and setting.trains_base and setting.weight_bytes > setting.compute_bytes
-    if not casts or parts.strategy.activation_checkpointing == "none":
-        return ZERO
-    weights = sum(group.count * block.weight_gradients.fixed for group, block in parts.layers)
-    return fixed(weights * setting.compute_bytes // setting.weight_bytes)
+    before = sum((block.cached.times(group.count) for group, block in parts.layers[: index + 1]), ZERO)
+    return before - parts.layers[index][1].cached if index < len(parts.layers) else before
+
+
+def _cached_apart(parts: _Parts, index: int) -> Size:
+    """Return the same in training; without checkpointing each layer keeps its own copies anyway."""
+    return ZERO if parts.strategy.activation_checkpointing == "none" else _cached_below(parts, index)
 
 
 def _busy(parts: _Parts, name: str, instant: Instant, below: Size, gradients: int, extra: Size = ZERO) -> Rows:
-    """A row while the step runs: what layers below keep, this instant, gradients so far."""
-    resident = parts.resident_gradients
-    made = instant.weight_grads if not resident else ZERO
+    """A row while the step runs: what layers below keep, this instant, gradients so far (`loss` comes first)."""
+    resident, made = parts.resident_gradients, instant.weight_grads
+    if resident:  # a new gradient is added to the one before and freed; one that waits for its other half stays
+        made = fixed(parts.tied_gradient if name.startswith("backward") else min(made.fixed, parts.tied_gradient))
     return Rows(
         name, fixed(resident or gradients) + made, fixed(parts.states.optimizer_bytes),
         below + instant.kept, instant.passing + extra,
@@ -182,16 +196,16 @@ def _busy(parts: _Parts, name: str, instant: Instant, below: Size, gradients: in
 
 
 def _forward_rows(parts: _Parts) -> Iterator[Rows]:
-    below, cache = ZERO, _autocast_cache(parts)
+    below = ZERO
     for index, (group, block) in enumerate(parts.layers):
         last = below + _kept(parts, block).times(group.count - 1)
         for instant in block.forward:
-            yield _busy(parts, _group_name("forward", parts, index), instant, last, 0, cache)
+            yield _busy(parts, _group_name("forward", parts, index), instant, last, 0, _cached_apart(parts, index))
         below = below + _kept(parts, block).times(group.count)
 
 
 def _head_rows(parts: _Parts) -> Iterator[Rows]:
-    below, cache = _kept_by_layers(parts), _autocast_cache(parts)
+    below, cache = _kept_by_layers(parts), _cached_apart(parts, len(parts.layers))
     held = held_logits(parts.workload, parts.strategy, parts.setting)
     for instant in parts.head.forward:
         yield _busy(parts, "loss", instant, below, 0, cache)
@@ -216,6 +230,24 @@ def _backward_rows(parts: _Parts) -> Iterator[Rows]:
             for instant in block.backward:
                 yield _busy(parts, name, instant, below + beside, made, held)
         made += per_layer
+    yield from _embedding_rows(parts, held)
+
+
+def _embedding_rows(parts: _Parts, held: Size) -> Iterator[Rows]:
+    """The end of the backward pass: a table's gradient is made whole, beside its older parts and their sum.
+
+    Leaves out: the kernel's fp32 sums of rows (4.4 bytes x hidden a token), while no activations are left.
+    """
+    shape, tied = parts.workload.model, parts.tied_gradient
+    if not shape.embeddings or not parts.setting.trains_base:
+        return
+    resident, table = parts.resident_gradients, shape.embeddings[0].num_parameters * parts.setting.weight_bytes
+    fresh = 2 * tied + (table if resident else 0)
+    gradients = fixed((resident or parts.states.gradients_bytes) + fresh)
+    stream = parts.layers[0][1].stream if parts.layers else ZERO
+    yield Rows(
+        _group_name("backward", parts, 0), gradients, fixed(parts.states.optimizer_bytes), ZERO, stream + held
+    )
 
 
 def _input_beside(parts: _Parts, block: Block) -> Size:
@@ -243,9 +275,9 @@ def _evaluation_rows(parts: _Parts) -> Iterator[Rows]:
     """Evaluation with the training micro-batch: nothing kept, optimizer states resident, logits made all the same."""
     if not parts.workload.recipe.engine.evaluates:
         return
-    for block in (*(block for _, block in parts.layers), parts.head):
+    for index, block in enumerate((*(block for _, block in parts.layers), parts.head)):
         for instant in block.evaluation:
-            passing = instant.kept + instant.passing
+            passing = instant.kept + instant.passing + _cached_below(parts, index)
             gradients, states = fixed(parts.lasting_gradients), fixed(parts.states.optimizer_bytes)
             yield Rows("evaluation", gradients, states, ZERO, passing)
 

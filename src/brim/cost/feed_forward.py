@@ -43,7 +43,9 @@ def feed_dense(tape: Tape, mlp: Mlp, setting: Setting, x: Tensor) -> Tensor:
     widened = per_token(setting.weight_bytes * mlp.intermediate_size)
     if setting.code.widens_inner and inner.size.per_token < widened.per_token:
         inner = tape.op("inner cast", [inner], widened)
-    return project(tape, inner, mlp.linears[-1], setting)
+    out = project(tape, inner, mlp.linears[-1], setting)
+    tape.hold(x, *(made if len(made) == 1 and mlp.gated else ()))  # models/phi3 Phi3MLP.forward: `gate` is a view
+    return out
 
 
 def combine(

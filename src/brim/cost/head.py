@@ -5,6 +5,7 @@ The logits chain is often the peak: one sequence of 4,096 tokens times 128,256 v
 
 from __future__ import annotations
 
+from brim.cost.layers import stream_bytes
 from brim.cost.norms import normalise
 from brim.cost.projection import project
 from brim.cost.setting import Setting
@@ -21,7 +22,7 @@ CHUNK_TOKENS = 4_096
 def record_head(shape: ModelShape, setting: Setting, engine: Engine, loss: LossKernel) -> tuple[Tape, Tensor]:
     """Return the tape from the last layer's output to the loss, and that output."""
     tape = Tape()
-    stream = Tensor("last layer output", per_token(shape.hidden_size * setting.residual_bytes))
+    stream = Tensor("last layer output", per_token(shape.hidden_size * stream_bytes(shape.final_norm, setting)))
     normed = stream
     if setting.code.norm_order != "after":  # BERT's and BART's layers end in a normalisation of their own
         normed = normalise(tape, stream, shape.hidden_size, shape.final_norm, setting)
@@ -66,8 +67,10 @@ def _dense(
     logits = project(tape, x, linear, setting, is_output=True)
     logits.held = not engine.frees_narrow_logits
     if shape.logit_softcap:
+        logits.held = False  # one variable takes each result in turn; models/gemma2 Gemma2ForCausalLM.forward
         for step in ("softcap scale", "softcap tanh", "softcap"):
-            logits = tape.op(step, [logits], per_token(c * vocabulary), saves_output=step == "softcap tanh", held=True)
+            logits = tape.op(step, [logits], per_token(c * vocabulary), saves_output=step == "softcap tanh")
+        logits.held = not engine.frees_narrow_logits
     wide = c
     if engine.upcasts_logits and c < 4:
         wide, logits = 4, tape.op("logits fp32", [logits], per_token(4 * vocabulary), held=True)

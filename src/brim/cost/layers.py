@@ -12,13 +12,13 @@ from brim.cost.feed_forward import feed_dense
 from brim.cost.norms import normalise
 from brim.cost.setting import Setting
 from brim.cost.tape import Size, Tape, Tensor, per_token
-from brim.spec.model import Attention, LayerGroup, Moe
+from brim.spec.model import Attention, LayerGroup, Moe, NormKind
 
 
 def record_layer(group: LayerGroup, setting: Setting) -> tuple[Tape, Tensor]:
     """Return the tape of one layer and its input (the residual stream)."""
     tape = Tape()
-    stream = Tensor("layer input", per_token(group.hidden_size * setting.residual_bytes))
+    stream = Tensor("layer input", per_token(group.hidden_size * stream_bytes(group.norm, setting)))
     if group.parallel:
         return _record_parallel(tape, group, setting, stream), stream
     state = _attend(tape, group, setting, stream, group.attention)
@@ -26,6 +26,15 @@ def record_layer(group: LayerGroup, setting: Setting) -> tuple[Tape, Tensor]:
         state = _attend(tape, group, setting, state, group.cross_attention, crosses=True)
     _join(tape, group, setting, state, feed_forward(tape, group, setting, _enter(tape, group, setting, state)))
     return tape, stream
+
+
+def stream_bytes(norm: NormKind, setting: Setting) -> int:
+    """Return the bytes of an element between layers: of the residual stream, or what a norm after the sum makes of it.
+
+    Source: aten/src/ATen/autocast_mode.h AT_FORALL_FP32: layer_norm answers in fp32 under autocast.
+    """
+    widens = setting.code.norm_order == "after" and norm == "layernorm" and setting.autocast
+    return 4 if widens else setting.residual_bytes
 
 
 def _record_parallel(tape: Tape, group: LayerGroup, setting: Setting, stream: Tensor) -> Tape:

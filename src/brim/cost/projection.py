@@ -25,25 +25,41 @@ def project(
         is_output: the output matrix, which loaders leave unquantised and `all-linear` leaves without adapter.
     """
     c = setting.compute_bytes
-    narrow = _cast_input(tape, x, linear, setting, tokens)
     is_expert = copies > 1 and setting.fused_experts
     quantised = setting.quantization is not None and not is_expert and not is_output
     trains = setting.trains_base
     working = _working_weight(linear, setting, quantised)
-    weight_copy = _cast_weight(tape, linear, setting, quantised, copies)
+    narrow = _cast_input(tape, x, linear, setting, tokens)
+    weight_copy = [] if quantised else _cast_weight(tape, linear, setting, copies, is_output)
     output = tape.op(
         linear.name, [narrow], per_token(round(c * linear.out_features * tokens)),
         saves=[*weight_copy, narrow] if trains or (quantised and _keeps_inputs(setting)) else weight_copy,
         scratch=working, grad_scratch=working,
         weight_grad=fixed(linear.num_parameters * copies * setting.weight_bytes) if trains else ZERO,
     )  # fmt: skip
+    tape.hold(x, *weight_copy)
+    if quantised:
+        output = _widen_output(tape, x, narrow, output, linear, setting)
     if setting.code.adds_bias and linear.bias:
         element = max(c, setting.residual_bytes if setting.autocast else c)
         output = tape.op("bias", [output], per_token(round(element * linear.out_features * tokens)))
     named = linear.name in setting.adapter_targets
     if setting.adapts(linear) and not is_expert and (named or not is_output):
         output = _adapt(tape, x, output, linear, setting, tokens)
+        tape.hold(x)  # the caller of a module has its argument until it returns
     return output
+
+
+def _widen_output(tape: Tape, x: Tensor, narrow: Tensor, output: Tensor, linear: Linear, setting: Setting) -> Tensor:
+    """A 4-bit product answers in the dtype it was asked in, autocast or not.
+
+    Source: bitsandbytes nn/modules.py Linear4bit.forward; auto_gptq qlinear_tritonv2.py QuantLinear.forward.
+    """
+    if narrow is x:
+        return output
+    widened = tape.op(f"{linear.name} widen", [output], per_token(output.size.per_token * 4 // setting.compute_bytes))
+    tape.hold(x)
+    return widened
 
 
 def _keeps_inputs(setting: Setting) -> bool:
@@ -63,22 +79,28 @@ def _working_weight(linear: Linear, setting: Setting, quantised: bool) -> Size:
     return fixed(linear.num_weights * setting.compute_bytes) if quantised else ZERO
 
 
-def _cast_weight(tape: Tape, linear: Linear, setting: Setting, quantised: bool, copies: int) -> list[Tensor]:
+def _cast_weight(tape: Tape, linear: Linear, setting: Setting, copies: int, is_output: bool) -> list[Tensor]:
     """Autocast keeps the 16-bit copy of an fp32 weight until backward: the product saves it.
 
-    Source: torch/csrc/autograd formulas: linear saves its weight operand, which is the cast copy.
+    A copy of a trained weight is cached beside that until the forward pass ends, a frozen one's is not.
+
+    Source: torch/csrc/autograd formulas: linear saves its weight operand, which is the cast copy;
+    aten/src/ATen/autocast_mode.cpp cached_cast.
     """
-    if not setting.autocast or quantised or setting.weight_bytes <= setting.compute_bytes:
+    stored = setting.output_bytes if is_output else setting.rest_bytes
+    if not setting.autocast or stored <= setting.compute_bytes:
         return []
     size = fixed(linear.num_weights * copies * setting.compute_bytes)
-    return [tape.op(f"{linear.name} weight copy", (), size, saves_output=True, needs_grad=True)]
+    name, cached = f"{linear.name} weight copy", setting.trains_base
+    return [tape.op(name, (), size, saves_output=True, needs_grad=True, held=cached)]
 
 
 def _adapt(tape: Tape, x: Tensor, base: Tensor, linear: Linear, setting: Setting, tokens: Fraction | int) -> Tensor:
     """LoRA beside a matrix: down to the rank, up again, scaled, added.
 
     Source: peft tuners/lora/layer.py Linear.forward: the input is cast to the adapter's dtype, the sum is made
-    in the wider dtype and cast back. Unsloth's fused form keeps only the input.
+    in the wider dtype and cast back; tuners/lora/bnb.py Linear4bit.forward casts the adapter's part before the sum.
+    Unsloth's fused form keeps only the input.
     """
     c, width = setting.compute_bytes, round(linear.out_features * tokens)
     a = c if setting.autocast else setting.adapter_bytes
@@ -95,10 +117,17 @@ def _adapt(tape: Tape, x: Tensor, base: Tensor, linear: Linear, setting: Setting
         "adapter up", [down], per_token(a * width), saves=[down, *_cast_adapter(tape, linear.out_features, setting)]
     )
     scaled = tape.op("adapter scale", [up], per_token(a * width))
-    if a == c:
-        return tape.op("adapter sum", [base, scaled], out, passes_grad=True)
-    wide = tape.op("adapter sum", [base, scaled], per_token(a * width), grad_scratch=out)
-    return tape.op("adapter narrow", [wide], out)
+    if a * width > out.per_token and not setting.bitsandbytes:
+        wide = tape.op("adapter sum", [base, scaled], per_token(a * width), grad_scratch=out)
+        tape.hold(x, source)
+        return tape.op("adapter narrow", [wide], out)
+    if a * width > out.per_token:
+        scaled = tape.op("adapter narrow", [scaled], out)
+    elif a * width < out.per_token:  # the sum promotes it as it goes; its gradient is cast back
+        scaled = tape.op("adapter promotion", [scaled], ZERO)
+    total = tape.op("adapter sum", [base, scaled], out, passes_grad=True)
+    tape.hold(source)
+    return total
 
 
 def _cast_adapter(tape: Tape, width: int, setting: Setting) -> list[Tensor]:
@@ -106,14 +135,18 @@ def _cast_adapter(tape: Tape, width: int, setting: Setting) -> list[Tensor]:
     if not setting.autocast or setting.adapter_bytes <= setting.compute_bytes:
         return []
     size = fixed(setting.compute_bytes * setting.adapter_rank * width)
-    return [tape.op("adapter weight copy", (), size, saves_output=True, needs_grad=True)]
+    return [tape.op("adapter weight copy", (), size, saves_output=True, needs_grad=True, held=True)]
 
 
 def _adapter_input(tape: Tape, x: Tensor, linear: Linear, setting: Setting, tokens: Fraction | int) -> Tensor:
-    """The input in the adapter's dtype, dropped out; under autocast cast once more to 16 bit, a copy of its own."""
+    """The input in the adapter's dtype, dropped out; under autocast cast once more to 16 bit, a copy of its own.
+
+    Source: peft tuners/lora/bnb.py: beside bitsandbytes' matrices the input is left alone under autocast.
+    """
     count = round(linear.in_features * tokens)
     wanted, present = setting.adapter_bytes * count, x.size.per_token
-    source = tape.op("adapter cast", [x], per_token(wanted)) if wanted > present else x
+    casts = wanted > present and not (setting.autocast and setting.bitsandbytes)
+    source = tape.op("adapter cast", [x], per_token(wanted)) if casts else x
     if setting.adapter_dropout:
         mask = tape.op("adapter mask", (), per_token(count), needs_grad=False)
         source = tape.op("adapter dropout", [source], source.size, saves=[mask])

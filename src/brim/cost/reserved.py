@@ -3,7 +3,7 @@
 Every forward pass runs whole, since what it keeps decides how the pool is cut. A backward pass gives back: the first
 and last layers of each kind stand for the others, unless gradients are made that come to lie in between. Of many
 frozen experts that run one after the other some run, the others hold what they keep. `folded=False` runs everything;
-the difference is below 0.5 % (tests/cost/test_reserved.py; with eager attention's huge blocks up to 3 %, with experts
+the difference is below 0.8 % (tests/cost/test_reserved.py; with eager attention's huge blocks up to 3 %, with experts
 in a loop and a single short sequence up to 2 %).
 
 Leaves out: tensors of varying length (each length leaves blocks of its own size: see the data issue's sequences),
@@ -81,8 +81,8 @@ class _Kind(NamedTuple):
     """What each expert that does not run keeps, bytes."""
     attention: int
     """Attention outputs that selective checkpointing keeps, bytes."""
-    cached: int
-    """16-bit weights that autocast keeps until the forward pass ends, bytes."""
+    cached: tuple[int, ...]
+    """16-bit weights that autocast keeps until the forward pass ends, bytes each."""
     gradients: tuple[int, ...]
     """Gradients of its weights, bytes each."""
     reentrant: bool
@@ -99,12 +99,11 @@ def _read_kind(group: LayerGroup, job: _Job, folded: bool) -> _Kind:
         part = cost_layer(replace(group, mlp=fewer), setting, mode, reentrant)
         idle = group.mlp.num_experts - fewer.num_experts
         rest = ((_count_left(block, job.tokens) - _count_left(part, job.tokens)) // max(1, idle),) * idle
-    casts = setting.autocast and setting.trains_base and setting.weight_bytes > setting.compute_bytes
-    weights = block.weight_gradients.fixed * setting.compute_bytes // setting.weight_bytes
     return _Kind(
         script=write_script(part, job.tokens), rest=rest,
         attention=block.attention_kept.at(job.tokens) if mode == "selective" else 0,
-        cached=weights if casts and job.checkpointed else 0, gradients=list_layer_gradients(group, recipe),
+        cached=tuple(copy.at(job.tokens) for copy in block.copies) if job.checkpointed else (),
+        gradients=list_layer_gradients(group, recipe),
         reentrant=reentrant,
     )  # fmt: skip
 
@@ -250,6 +249,7 @@ class _Process:
         head = cost_head(shape, job.setting, recipe.engine, job.strategy.loss_kernel)
         self.head = write_script(head, job.tokens)
         self.gradient_sizes = list_outer_gradients(shape, recipe, self.states)
+        self.tied = shape.tie_word_embeddings and bool(shape.head) and job.setting.trains_base
         # Gradients from the pool of the activations come to lie between them and cut it up.
         self.cuts = largest_trained_tensor(shape, recipe) * gradient_bytes(recipe) > MIB
         self.gradients: list[int] = []
@@ -260,18 +260,26 @@ class _Process:
         """Forward, loss and backward pass of one micro-batch."""
         player, job, made = self.player, self.job, self.gradients
         head, tail = ((), ()) if made else self.gradient_sizes
+        if self.tied:  # the output's part is made each time, and waits for the embedding's
+            head = self.gradient_sizes[0]
         inputs = player.hold(input_bytes(job.setting).at(job.tokens))
         (stream,) = player.hold((self.layers[0].script if self.layers else self.head).stream_bytes)
         cached: list[int] = []
         for layer in self.layers:
             stream = layer.run_forward(stream)
-            cached += player.hold(layer.kind.cached)
+            cached += player.hold(*layer.kind.cached)
         gradient, fresh = self._run_head(stream, cached, head)
         held = player.hold(held_logits(job.workload, job.strategy, job.setting).at(job.tokens))
         for layer in reversed(self.layers):
             run = layer.skip_backward if layer.skippable and (made or not self.cuts) else layer.run_backward
             gradient, more = run(gradient, () if made else layer.kind.gradients)
             fresh += more
+        if self.tied:  # neither part can take the sum: one is a view, the other came last
+            table, total = player.hold(*self.gradient_sizes[0]), player.hold(*self.gradient_sizes[0])
+            player.drop(table + fresh[: len(total)])
+            fresh[: len(total)] = total
+        if made:
+            player.drop(fresh)
         self.gradients = made + fresh + player.hold(*tail)
         player.drop([gradient, *held, *inputs])
 

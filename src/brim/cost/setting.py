@@ -78,6 +78,22 @@ class Setting:
         always = self.masked or self.code.always_masks
         return self.attention == "sdpa" and (always or (window is not None and self.attended_len >= window))
 
+    @property
+    def bitsandbytes(self) -> bool:
+        """Whether quantised matrices are bitsandbytes' own layers."""
+        return self.quantization is not None and self.quantization.kind in ("nf4", "fp4", "int8")
+
+    @property
+    def rest_bytes(self) -> int:
+        """Bytes of an element of what is not quantised."""
+        return 4 if self.quantization is not None and self.quantization.upcast_rest else self.weight_bytes
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of an element of the output matrix."""
+        narrowed = self.quantization is not None and self.quantization.narrow_embeddings
+        return self.weight_bytes if narrowed else self.rest_bytes
+
     def adapts(self, linear: Linear) -> bool:
         """Whether this matrix has an adapter."""
         named = bool(self.adapter_targets & {linear.name, "all-linear"}) and linear.name not in self.spared

@@ -62,7 +62,7 @@ class Op:
     """One operation.
 
     `passes_grad`: inputs receive the output's gradient itself, not a new tensor. `grad_in_place`: the gradient is
-    written over what the operation kept.
+    written over what the operation kept. `holds`: tensors that a variable keeps until this operation is done.
     """
 
     name: str
@@ -74,6 +74,7 @@ class Op:
     weight_grad: Size = ZERO
     passes_grad: bool = False
     grad_in_place: bool = False
+    holds: tuple[Tensor, ...] = ()
 
 
 class Instant(NamedTuple):
@@ -130,6 +131,10 @@ class Tape:
         )
         return output
 
+    def hold(self, *tensors: Tensor) -> None:
+        """Keep tensors until the last recorded operation is done: a local variable, or a caller's, has them."""
+        self.ops[-1].holds += tensors
+
 
 class _Run:
     """Live storages while a tape runs; every change is recorded."""
@@ -167,7 +172,7 @@ def _last_uses(tape: Tape, result: Tensor) -> dict[int, list[Tensor]]:
     """Tensors whose last use is op i, by i: Python lets go of them there unless they are held."""
     last: dict[int, tuple[int, Tensor]] = {}
     for index, op in enumerate(tape.ops):
-        for tensor in (*op.inputs, op.output):
+        for tensor in (*op.inputs, op.output, *op.holds):
             last[id(tensor)] = (index, tensor)
     by_op: dict[int, list[Tensor]] = {}
     for index, tensor in last.values():
