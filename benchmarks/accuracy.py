@@ -5,7 +5,7 @@
     python benchmarks/accuracy.py benchmarks/truth/memory.jsonl --report [--traced PREDICTIONS.jsonl]
 
 The predictor is handed each row without its id, group, weight, measurement, source and notes. `--report` scores the
-trace, the formula, the rule of thumb and a states-only baseline, and writes docs/accuracy.md and src/brim/tables/accuracy.toml.
+trace, the formula, the rule of thumb and a states-only baseline, and writes docs/accuracy.md and tables/accuracy.toml.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from brim.errors import BrimError
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
 from report_accuracy import write_report
-from rows import HIDDEN_FROM_PREDICTOR, read_model_config, read_row
+from rows import HIDDEN_FROM_PREDICTOR, read_row, read_row_config
 
 Row = dict[str, Any]
 Answer = dict[str, int]
@@ -91,7 +91,7 @@ def predict(row: Row, by: str) -> Answer | dict[str, str]:
 
 def _predict_by_trace(question: Row) -> Answer | dict[str, str]:
     try:
-        return _by_trace(*read_row(question), read_model_config(question["model"]))
+        return _by_trace(*read_row(question), read_row_config(question))
     except BrimError as error:
         return {"unsupported": str(error)}
 

@@ -29,8 +29,10 @@ _ENGINE_FIELDS = (
 _TORCHAO = {"adamw_torch_8bit": "adamw-8bit"}  # torchao: two 8-bit states, scales per 256 elements, as bitsandbytes
 _QUANTIZATIONS = {"bnb-nf4": "nf4", "bnb-nf4-dq": "nf4", "bnb-fp4": "fp4", "ao-nf4": "nf4", "gptq-int4": "gptq-int4"}
 _KERNELS = {None: "none", "unsloth": "unsloth", "liger": "liger", "cut-cross-entropy": "none"}
-_OLD_LOSS = "4.46"  # transformers: the first release whose loss function upcasts logits beside the 16-bit ones
+_PLAIN_FLASH, _REPEATING = (4, 48), ("mistral", "mixtral", "qwen2")
+_OLD_LOSS = (4, 46)  # transformers: the first release whose loss function upcasts logits beside the 16-bit ones
 _COUNT_TOLERANCE = 0.02
+_WHOLE_COLUMN = 2**20  # more weights than any matrix has inputs: one scale per output
 
 
 def read_row(row: Row) -> tuple[Workload, Strategy]:
@@ -42,7 +44,7 @@ def read_row(row: Row) -> tuple[Workload, Strategy]:
     facts = _ENGINES.get(row["framework"]["name"], _ENGINES["default"])
     if row["n_gpus"] != 1:
         raise UnsupportedModel(model=row["model"]["name"], what="sharding", advice="planned for later")
-    shape = read_shape(row["model"])
+    shape = read_shape(row["model"], read_row_config(row))
     if facts.get("fused_activations"):
         shape = _with_fused_activations(shape)
     if facts.get("fused_qkv"):
@@ -77,9 +79,17 @@ def _agrees(card: Card, model: Row) -> bool:
     return all(card.config.get(key) == value for key, value in numbers.items() if not isinstance(value, bool))
 
 
-def read_shape(model: Row) -> ModelShape:
+def read_row_config(row: Row) -> Mapping[str, Any]:
+    """Return the config of a row's model, with the words its framework adds to the vocabulary."""
+    config = read_model_config(row["model"])
+    facts = _ENGINES.get(row["framework"]["name"], _ENGINES["default"])
+    added = facts.get("added_tokens", {}).get(str(config.get("vocab_size")), 0)
+    return {**config, "vocab_size": config["vocab_size"] + added} if added else config
+
+
+def read_shape(model: Row, config: Mapping[str, Any] | None = None) -> ModelShape:
     """Return the shape of a row's model, checked against its stated count of parameters."""
-    shape = read_config(read_model_config(model), name=model["name"])
+    shape = read_config(config or read_model_config(model), name=model["name"])
     if abs(count_parameters(shape) / model["params"] - 1) > _COUNT_TOLERANCE:
         raise UnsupportedModel(model=model["name"], what="the architecture behind the numbers")
     return shape
@@ -168,8 +178,9 @@ def _read_quantization(row: Row, facts: Row, extra: Row) -> Quantization:
     is_gptq = kind.startswith("gptq")
     keeps_inputs = bool(facts.get("keeps_quantised_inputs")) and not is_gptq
     by_framework = bool(facts.get("double_quant")) and not is_gptq
+    group = facts.get("gptq_group_sizes", {}).get(row["model"]["name"], facts.get("gptq_group_size", 128))
     return Quantization(
-        kind=_QUANTIZATIONS[kind], block_size=facts.get("gptq_group_size", 128) if is_gptq else 64,
+        kind=_QUANTIZATIONS[kind], block_size=(group if group > 0 else _WHOLE_COLUMN) if is_gptq else 64,
         double_quant=kind.endswith("-dq") or kind.startswith("ao-") or by_framework,
         keeps_inputs=keeps_inputs, upcast_rest=bool(extra.get("kbit_upcast")),
         narrow_embeddings=bool(facts.get("narrow_embeddings")) and bool(extra.get("kbit_upcast")),
@@ -191,9 +202,14 @@ def _read_engine(row: Row, facts: Row, extra: Row, model_type: str) -> Engine:
 
 def is_old_loss(row: Row, facts: Row) -> bool:
     """Whether the row ran a transformers before 4.46, by its stated version or its framework's pin at that date."""
+    return is_older(row, facts, _OLD_LOSS)
+
+
+def is_older(row: Row, facts: Row, release: tuple[int, int]) -> bool:
+    """Whether the row ran a transformers before a release; not if it states none."""
     version = row["framework"]["version"] or facts.get("versions", {}).get(row["framework"]["date"], "")
     stated = version.partition("transformers ")[2].split(",")[0]
-    return bool(stated) and tuple(int(part) for part in stated.split(".")[:2]) < (4, 46)
+    return bool(stated) and tuple(int(part) for part in stated.split(".")[:2]) < release
 
 
 def _read_strategy(row: Row, micro: int, accumulation: int, facts: Row) -> Strategy:
