@@ -179,9 +179,9 @@ def _by(hits: Sequence[Hit], key: Callable[[Row], str], meter: str) -> str:
     return "\n".join([_HEAD, *(_line(name, score(parts[name])) for name in sorted(parts))])
 
 
-_DEVICE_CAUSES = """What nvidia-smi shows is what the allocator's pool has grown to, once a second. The trace replays the
-allocator, so these rows differ in how the pool was cut up, not in the tensors: their allocated peaks are among the rows
-above. `dev/LOG.md` says what was tried.
+_DEVICE_CAUSES = """What nvidia-smi shows is what the allocator's pool has grown to, once a second. The trace
+replays the allocator, so these rows differ in how the pool was cut up, not in the tensors: their allocated peaks are
+among the rows above. `dev/LOG.md` says what was tried.
 
 """
 

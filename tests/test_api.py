@@ -17,7 +17,7 @@ from brim.readers.sources import read_model
 
 PUBLIC = [
     "BrimError", "DoesNotFit", "Estimate", "Export", "ModelShape", "Plan", "Strategy", "Workload", "__version__",
-    "estimate", "export", "load_plan", "plan", "read_model", "save_plan", "schema",
+    "estimate", "export", "load_plan", "plan", "read_model", "save_plan", "schema", "trace",
 ]  # fmt: skip
 
 

@@ -53,6 +53,8 @@ def build_from_config(
     try:
         known = transformers.AutoConfig.for_model(config["model_type"], **settings)
         kernel = attention_kernel(attention, find_modeling(config["model_type"]))
+        if not getattr(kind, "_supports_sdpa", True):
+            kernel = "eager"
         made_in = {} if dtype is None else {"dtype": torch_dtype(dtype)}
         return kind._from_config(known, attn_implementation="eager" if kernel == "eager" else "sdpa", **made_in)
     except Exception as error:  # whatever a model's own constructor raises

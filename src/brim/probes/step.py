@@ -225,7 +225,16 @@ def _compute_loss(step: Step, inputs: Inputs, count: torch.Tensor | None) -> tup
     if count is not None:
         inputs = {**inputs, "num_items_in_batch": count}
     outputs = _wrap(step, step.model)(**inputs)
-    return outputs["loss"] if isinstance(outputs, Mapping) else outputs[0], outputs
+    return _find_loss(outputs), outputs
+
+
+def _find_loss(outputs: Any) -> torch.Tensor:
+    """Source: transformers trainer.py compute_loss; a model of one's own may return any object with a loss."""
+    if isinstance(outputs, Mapping):
+        return outputs["loss"]
+    if isinstance(outputs, torch.Tensor):
+        return outputs
+    return outputs.loss if hasattr(outputs, "loss") else outputs[0]
 
 
 def _wrap(step: Step, forward: Callable[..., Any]) -> Callable[..., Any]:
