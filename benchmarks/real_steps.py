@@ -33,7 +33,7 @@ from brim.probes.tracker import StorageTracker
 from brim.readers.hf_config import read_config
 from brim.spec.data import DataProfile
 from brim.spec.device import Cluster
-from brim.spec.recipe import Engine, Lora, Recipe
+from brim.spec.recipe import Engine, Lora, Quantization, Recipe
 from brim.spec.strategy import Strategy
 from brim.spec.workload import BatchTarget, Workload
 from brim.tables.read import find_device
@@ -79,14 +79,16 @@ class Case:
     def __init__(
         self, family: str, *, method: str = "full", engine: Engine | None = None, dtype: str = "fp32",
         attention: str = "eager", autocast: bool = False, depth: int = DEPTH, gpu: str = "a100-80gb",
-        experts: str | None = None, **knobs: Any,
+        experts: str | None = None, quantization: Quantization | None = None, **knobs: Any,
     ) -> None:  # fmt: skip
         self.config = tiny_config(family, depth, attention="eager" if attention == "eager" else "sdpa")
         self.experts = experts
         shape = read_config(self.config.to_dict(), name=family)
         names = sorted({linear.name for group in shape.groups for linear in group.attention.linears})
         recipe = Recipe(
-            method=method, weight_dtype=dtype, autocast=autocast, engine=engine or Engine(name="transformers"),  # type: ignore[arg-type]
+            method=method if quantization is None else "qlora",  # type: ignore[arg-type]
+            weight_dtype=dtype, autocast=autocast, engine=engine or Engine(name="transformers"),
+            quantization=quantization,
             lora=Lora(r=8, alpha=16, target_modules=tuple(names)) if method == "lora" else None,
         )  # fmt: skip
         batch = BatchTarget(sequences=2, tokens=256, low=1, high=2, min_useful=1, max_useful=2, reason="test")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from brim.probes.model import find_layers
+from brim.probes.stream import END_OF_STEP
 from brim.probes.tracker import Event, Storage
 
 _KEPT = 4
@@ -165,13 +166,12 @@ def unfold(
 
     Storages of repeats that were left out are those of the repeat that stands for them, under numbers of their own.
     """
-    layers = {event.layer for event in events}
-    unit_of = {layer: pattern.unit_of(layer) if layer >= 0 else -1 for layer in layers}
-    units = [
-        tuple.__new__(Event, (key, num_bytes, phase, unit_of[layer]))
-        for key, num_bytes, phase, layer in _order_frees(events, storages)
-    ]
+    unit_of = {layer: pattern.unit_of(layer) if layer >= 0 else -1 for layer in {event.layer for event in events}}
     owners = {key: pattern.unit_of(storage.layer) for key, storage in storages.items()}
+    labelled = [
+        tuple.__new__(Event, (key, num_bytes, phase, unit_of[layer])) for key, num_bytes, phase, layer in events
+    ]
+    units = _order_frees(_free_graph(labelled, owners), owners)
     runs = _split(units, owners)
     if not _number_sweeps(runs, pattern.middle):
         return None
@@ -179,11 +179,38 @@ def unfold(
     for index, run in enumerate(runs):
         if run.unit == pattern.middle and not _inner_repeat(runs, index, places):
             return None
-    return _emit(runs, places, storages, pattern)
+    unfolded = _emit(runs, places, storages, pattern)
+    return None if _leaks(unfolded[0]) and not _leaks(events) else unfolded
 
 
-def _order_frees(events: Sequence[Event], storages: Mapping[int, Storage]) -> list[Event]:
-    """Return the stream with frees that follow one another outside of layers in order of layers.
+def _leaks(events: Sequence[Event]) -> bool:
+    """Whether a step leaves more behind than the one before: in a stream unfolded right, only what the model leaves."""
+    total, ends = 0, []
+    for _, num_bytes, phase, _ in events:
+        total += num_bytes
+        if not num_bytes and phase == END_OF_STEP:
+            ends.append(total)
+    return len(set(ends)) > 1
+
+
+def _free_graph(events: list[Event], owners: Mapping[int, int]) -> list[Event]:
+    """Return the stream with what a dying graph lets go of in the unit it came from, not in the one that ran last.
+
+    What an autograd function hangs on its context, rather than saving it for backward, lives as long as the graph.
+    """
+    first = 0
+    for index in range(1, len(events) + 1):
+        if index < len(events) and events[index].num_bytes < 0 and events[index].layer == events[first].layer:
+            continue
+        stretch = events[first:index]
+        if any(one.num_bytes < 0 and one.layer >= 0 and owners[one.key] > one.layer + 1 for one in stretch):
+            events[first:index] = [one._replace(layer=-1) if one.num_bytes < 0 else one for one in stretch]
+        first = index
+    return events
+
+
+def _order_frees(events: Sequence[Event], owners: Mapping[int, int]) -> list[Event]:
+    """Return the stream with frees that follow one another outside of layers in order of units.
 
     Hash maps give up their tensors in any order (autocast's cache), and no order of frees changes what is free after.
     """
@@ -193,10 +220,10 @@ def _order_frees(events: Sequence[Event], storages: Mapping[int, Storage]) -> li
         if event.num_bytes < 0 and event.layer < 0:
             frees.append(event)
             continue
-        ordered += sorted(frees, key=lambda one: (storages[one.key].layer, one.key))
+        ordered += sorted(frees, key=lambda one: (owners[one.key], one.key))
         frees = []
         ordered.append(event)
-    return ordered + sorted(frees, key=lambda one: (storages[one.key].layer, one.key))
+    return ordered + sorted(frees, key=lambda one: (owners[one.key], one.key))
 
 
 def _split(events: Sequence[Event], owners: Mapping[int, int]) -> list[_Run]:

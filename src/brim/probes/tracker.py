@@ -273,7 +273,7 @@ class StorageTracker(TorchDispatchMode):
         self.events.append(Event(key, self._rounded(num_bytes), self.phase, self.layer))
         return key
 
-    def _pass(self, sizes: list[int], op: Any) -> None:
+    def _pass(self, sizes: Iterable[int], op: Any) -> None:
         """Record buffers that an operator holds together; C++ frees the last one first."""
         made = [(self._record(size, f"{op} workspace", "byte", (size,)), size) for size in sizes]
         for key, size in reversed(made):
