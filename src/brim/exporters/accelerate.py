@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from brim.exporters.record import Export, ExportFile
-from brim.exporters.script import MASTER_PORT, SCRIPT_NAME, render_script, sample_file
+from brim.exporters.script import MASTER_PORT, SCRIPT_NAME, name_allocator, render_script, sample_file
 from brim.exporters.trainer import adapter_dtype
 from brim.exporters.words import (
     Words,
@@ -97,7 +97,7 @@ def launch_accelerate(plan: Plan) -> str:
     """Return accelerate's launch line; on several nodes the rank of each machine comes from the rendezvous."""
     several = plan.workload.cluster.num_nodes > 1
     head = f"--main_process_ip HEAD_NODE --main_process_port {MASTER_PORT} " if several else ""
-    return f"accelerate launch --config_file {CONFIG_NAME} {head}{SCRIPT_NAME}"
+    return f"{name_allocator(plan)}accelerate launch --config_file {CONFIG_NAME} {head}{SCRIPT_NAME}"
 
 
 def _write_yaml(config: Words) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from brim.exporters.record import Export, ExportFile
-from brim.exporters.script import MASTER_PORT, SCRIPT_NAME, sample_file
+from brim.exporters.script import MASTER_PORT, SCRIPT_NAME, name_allocator, sample_file
 from brim.exporters.trainer import name_outside, name_training, note_loss, render_trainer
 from brim.exporters.words import Words
 from brim.planner.record import Plan
@@ -60,7 +60,7 @@ def launch_deepspeed(plan: Plan) -> str:
     ranks = plan.strategy.mesh.data_parallel_size
     per_node = cluster.devices_per_node if cluster.num_nodes > 1 else ranks
     # The script reads LOCAL_RANK; by default the launcher adds an argument too.
-    return f"deepspeed --no_local_rank {nodes}--num_gpus {per_node} {SCRIPT_NAME}"
+    return f"{name_allocator(plan)}deepspeed --no_local_rank {nodes}--num_gpus {per_node} {SCRIPT_NAME}"
 
 
 def _name_zero(plan: Plan) -> Words:

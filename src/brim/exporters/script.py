@@ -62,8 +62,21 @@ def sample_file() -> ExportFile:
     return ExportFile(name=SAMPLE_NAME, text=text)
 
 
+def name_allocator(plan: Plan) -> str:
+    """Return what stands before a launch line for the plan's allocator.
+
+    Source: docs.pytorch.org notes/cuda, PYTORCH_CUDA_ALLOC_CONF.
+    """
+    native = plan.strategy.allocator == "native"
+    return "" if native else f"PYTORCH_CUDA_ALLOC_CONF={plan.strategy.allocator}:True "
+
+
 def launch_torchrun(plan: Plan) -> str:
     """Return the line that starts one process per rank; plain python for one."""
+    return name_allocator(plan) + _launch_ranks(plan)
+
+
+def _launch_ranks(plan: Plan) -> str:
     ranks = plan.strategy.mesh.data_parallel_size
     nodes = plan.workload.cluster.num_nodes
     if ranks == 1:

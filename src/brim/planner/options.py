@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from brim.errors import InvalidInput, UnknownName, quoted
 from brim.spec.recipe import Dtype, Method
-from brim.spec.strategy import AttentionKernel, Checkpointing, LossKernel, OptimizerKernel
+from brim.spec.strategy import Allocator, AttentionKernel, Checkpointing, LossKernel, OptimizerKernel
 
 LoadFormat = Literal["nf4", "fp4", "int8"]
 
@@ -55,6 +55,10 @@ class JobOptions:
     """Scale numerator of the adapter."""
     lora_targets: str | Sequence[str] | None = None
     """Matrices that get an adapter, comma-separated, or `all-linear`."""
+    use_dora: bool | None = None
+    """Whether the adapter is weight-decomposed (DoRA); for the trace."""
+    use_rslora: bool | None = None
+    """Whether the adapter's scale is rank-stabilised; changes no memory."""
     optimizer: str | None = None
     """Key of the optimizers table or HF `optim` value."""
     dtype: Dtype | None = None
@@ -69,6 +73,8 @@ class JobOptions:
     """Fixed: none, selective or full."""
     attention_kernel: AttentionKernel | None = None
     """Fixed: eager, sdpa or flash."""
+    allocator: Allocator | None = None
+    """Fixed: native or expandable_segments."""
     optimizer_kernel: OptimizerKernel | None = None
     """Fixed: loop, foreach or fused."""
     loss_kernel: LossKernel | None = None
@@ -98,10 +104,10 @@ _REAL = {"moe_imbalance": 2**16, "epochs": MOST_EPOCHS, "lora_alpha": 2**20}
 _CHOICES: dict[str, tuple[str, ...]] = {
     "method": get_args(Method), "dtype": get_args(Dtype), "by": ("rule", "formula", "trace"),
     "activation_checkpointing": get_args(Checkpointing), "attention_kernel": get_args(AttentionKernel),
-    "optimizer_kernel": get_args(OptimizerKernel), "loss_kernel": get_args(LossKernel),
-    "quantization": get_args(LoadFormat),
+    "allocator": get_args(Allocator), "optimizer_kernel": get_args(OptimizerKernel),
+    "loss_kernel": get_args(LossKernel), "quantization": get_args(LoadFormat),
 }  # fmt: skip
-_TRUTHS = ("packing", "double_quant", "precompute_ref_log_probs", "resume", "refresh")
+_TRUTHS = ("use_dora", "use_rslora", "packing", "double_quant", "precompute_ref_log_probs", "resume", "refresh")
 _WORDS = ("gpu", "trainer", "target", "task", "dataset", "optimizer")
 _LONGEST_WORD = 4096
 

@@ -149,6 +149,7 @@ def _choose_lora(shape: ModelShape, trainer: Trainer, recipe: Recipe, options: J
         said.append(f"LoRA alpha {lora.alpha:g}, twice the rank")
     else:
         lora = replace(lora, alpha=float(options.lora_alpha))
+    lora = replace(lora, use_dora=bool(options.use_dora), use_rslora=bool(options.use_rslora))
     if options.lora_targets is None:
         said.append(f"LoRA on every attention and feed-forward matrix: {', '.join(lora.target_modules)}")
         return lora
@@ -178,7 +179,7 @@ def _choose_preference(trainer: Trainer, recipe: Recipe, options: JobOptions, sa
 
 
 def _refuse_lora_of_full(options: JobOptions) -> None:
-    for name in ("lora_r", "lora_alpha", "lora_targets"):
+    for name in ("lora_r", "lora_alpha", "lora_targets", "use_dora", "use_rslora"):
         if options.method == "full" and getattr(options, name) is not None:
             raise InvalidInput(f"{name} needs method lora or qlora, not full", option=name)
 
