@@ -20,8 +20,8 @@ import torch
 
 from brim.cost.estimate import estimate
 from brim.errors import ProbeFailed
-from brim.probes.rows import flatten, row_masks, shares_rows
 from brim.probes.follow import follow_step
+from brim.probes.rows import flatten, row_masks, shares_rows
 from brim.probes.trace import trace
 from brim.spec.recipe import Engine
 from real_steps import BATCH, LENGTH, Case

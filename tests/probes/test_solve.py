@@ -12,11 +12,10 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from real_steps import Case
-
 from brim.probes.solve import SOLVED_AT, Solved, solve
 from brim.probes.stream import Traced, list_moments, replay
 from brim.probes.trace import trace_step
+from real_steps import Case
 
 CASES = {
     "llama, lora, checkpointed": lambda: Case(

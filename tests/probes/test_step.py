@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import torch
-from real_steps import BATCH, DEPTH, LENGTH, Case, measure_phases, trace_phases
 
 from brim.spec.recipe import Engine
+from real_steps import BATCH, DEPTH, LENGTH, Case, measure_phases, trace_phases
 
 HOLDS = Engine(name="plain", set_to_none=False, logits_alive_in_backward=True, reentrant_checkpointing=True)
 CASES = {

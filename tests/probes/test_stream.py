@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from brim.probes.stream import END_OF_STEP, MODEL_PHASE, list_moments, list_tensors, replay
+from brim.probes.phases import END_OF_STEP, MODEL_PHASE
+from brim.probes.stream import list_moments, list_tensors, replay
 from brim.probes.tracker import Event, Storage
 
 MIB = 2**20

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from brim.probes.model import find_layers
-from brim.probes.stream import END_OF_STEP
+from brim.probes.phases import END_OF_STEP
 from brim.probes.tracker import Event, Storage
 
 _KEPT = 4

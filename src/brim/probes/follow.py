@@ -22,9 +22,9 @@ from brim.probes.grouped_heads import repeat_heads
 from brim.probes.inputs import MakeInputs, plan_inputs, plan_lengths
 from brim.probes.kernels import card_kernels, list_workspaces
 from brim.probes.model import BuildModel, find_layers, give_tensors, prepare_model
+from brim.probes.phases import MODEL_PHASE
 from brim.probes.preferences import card_head, follow_reference, prepare_reference
 from brim.probes.step import note_step, plan_step, run_steps
-from brim.probes.stream import MODEL_PHASE
 from brim.probes.tracker import StorageTracker
 from brim.probes.values import KnownValues
 from brim.spec.device import Device

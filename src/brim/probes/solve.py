@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from brim.cost.ledger import Moment
-from brim.probes.stream import UNCOUNTED, Traced, list_moments
+from brim.probes.phases import UNCOUNTED
+from brim.probes.stream import Traced, list_moments
 from brim.probes.tracker import BLOCK_BYTES, Event
 
 SOLVED_AT = (2, 3)

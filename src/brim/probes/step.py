@@ -20,12 +20,12 @@ from brim.probes.kernels import CudaAutocast
 from brim.probes.loops import Loop, LossScaler, find_loop, make_scaler, takes_label_count
 from brim.probes.offload import SavedTensors, spare_head
 from brim.probes.optimizers import host_states, make_optimizer, paged_states, start_states
+from brim.probes.phases import END_OF_STEP, EVALUATION, FIRST_STEP, FORWARD, LOSS_BACKWARD, OPTIMIZER_STEP
 from brim.probes.preferences import pair_inputs, plan_preferences
 from brim.probes.repeat import Stretch, can_repeat, repeat_stretch, take_stretch
 from brim.probes.rows import flatten, row_masks, shares_rows
-from brim.probes.stream import END_OF_STEP
 from brim.probes.tracker import StorageTracker
-from brim.probes.watch import EVALUATION, FIRST_STEP, FORWARD, LOSS_BACKWARD, OPTIMIZER_STEP, watch
+from brim.probes.watch import watch
 from brim.spec.recipe import Recipe
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload

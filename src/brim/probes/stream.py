@@ -11,6 +11,7 @@ from brim.cost.allocator import CachingAllocator
 from brim.cost.calibration import margin_bytes
 from brim.cost.ledger import Estimate, HeldTensor, Ledger, Moment
 from brim.cost.overhead import context_bytes
+from brim.probes.phases import END_OF_STEP, MODEL_PHASE, UNCOUNTED
 from brim.probes.timeline import STACKED_ROWS
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
@@ -18,12 +19,6 @@ from brim.spec.workload import Workload
 if TYPE_CHECKING:
     from brim.probes.tracker import Event, Storage
 
-MODEL_PHASE = "model"
-"""Phase in which the model takes its memory; no moment of the step."""
-END_OF_STEP = "end of step"
-"""Phase between an optimizer step and the next micro-batch; no moment either."""
-UNCOUNTED = (MODEL_PHASE, END_OF_STEP)
-"""Phases that are no moments of the step."""
 _MOST_TENSORS = 10
 _MOST_REPEATS = 8
 _LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from brim.cost.allocator import CachingAllocator
 from brim.cost.timeline import Point, Timeline
+from brim.probes.phases import END_OF_STEP
 
 if TYPE_CHECKING:
     from brim.probes.tracker import Event, Storage
@@ -57,7 +58,11 @@ def read_timeline(
 
 
 def _end_with_allocation(events: Iterable[Event]) -> list[Event]:
-    changes = [event for event in events if event.num_bytes]
+    changes, phase = [], ""
+    for event in events:
+        phase = phase if event.phase == END_OF_STEP else event.phase  # drawn as part of the step it ends
+        if event.num_bytes:
+            changes.append(event._replace(phase=phase))
     while changes and changes[-1].num_bytes < 0:
         changes.pop()
     return changes

@@ -9,15 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from brim.probes.model import find_layers
+from brim.probes.phases import BACKWARD, EVALUATION, FORWARD, LOSS, REFERENCE
 from brim.probes.tracker import StorageTracker
 
 if TYPE_CHECKING:
     from brim.probes.step import Step
 
-FIRST_STEP = "first step"
-FORWARD, REFERENCE, LOSS = "forward of layers", "reference forward", "loss"
-LOSS_BACKWARD, BACKWARD = "loss backward", "backward of layers"
-OPTIMIZER_STEP, EVALUATION = "optimizer step", "evaluation"
 
 _Hook = Callable[..., None]
 
