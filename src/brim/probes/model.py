@@ -53,6 +53,8 @@ def build_from_config(
     try:
         known = transformers.AutoConfig.for_model(config["model_type"], **settings)
         kernel = attention_kernel(attention, find_modeling(config["model_type"]))
+        if getattr(known, "is_encoder_decoder", False) and getattr(known, "decoder_start_token_id", None) is None:
+            known.decoder_start_token_id = 0  # which token the decoder's inputs begin with changes no tensor's size
         if not getattr(kind, "_supports_sdpa", True):
             kernel = "eager"
         made_in = {} if dtype is None else {"dtype": torch_dtype(dtype)}

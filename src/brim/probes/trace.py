@@ -93,19 +93,38 @@ def _trace_quietly(
     lengths: tuple[int, ...],
 ) -> Traced:  # fmt: skip
     from brim.probes.checkpointing import spans_layers
-    from brim.probes.fold import unfold
     from brim.probes.follow import follow_step, list_notes
 
     # Not where layers are tied: by prefixes in one parameter, or by offload that keeps the last five tensors.
     folds = workload.recipe.method != "prefix-tuning" and not spans_layers(strategy, workload.recipe.engine)
     if fold and folds:
-        tracker, pattern = follow_step(workload, strategy, build_model, make_inputs, fold=True, lengths=lengths)
-        stream = unfold(tracker.events, tracker.storages, pattern) if pattern else (tracker.events, tracker.storages)
-        if stream is not None:
-            folded = [f"{pattern.kept} of {pattern.num_layers} layers were run, alike ones repeated"] if pattern else []
-            return Traced(*stream, (*list_notes(tracker), *folded), paged_bytes(tracker.storages, pattern))
+        found = _trace_folded(workload, strategy, build_model, make_inputs, lengths)
+        if found is not None:
+            return found
     tracker, _ = follow_step(workload, strategy, build_model, make_inputs, lengths=lengths)
     return Traced(tracker.events, tracker.storages, list_notes(tracker), paged_bytes(tracker.storages))
+
+
+def _trace_folded(
+    workload: Workload, strategy: Strategy, build_model: BuildModel, make_inputs: MakeInputs | None,
+    lengths: tuple[int, ...],
+) -> Traced | None:  # fmt: skip
+    """Return the stream of the whole model from that of four repeats; None where the whole must be run.
+
+    A model that counts its own layers (T5's decoder keeps a cache of as many) may not run when some are missing.
+    """
+    from brim.probes.fold import unfold
+    from brim.probes.follow import follow_step, list_notes
+
+    try:
+        tracker, pattern = follow_step(workload, strategy, build_model, make_inputs, fold=True, lengths=lengths)
+    except ProbeFailed:
+        return None
+    stream = unfold(tracker.events, tracker.storages, pattern) if pattern else (tracker.events, tracker.storages)
+    if stream is None:
+        return None
+    folded = [f"{pattern.kept} of {pattern.num_layers} layers were run, alike ones repeated"] if pattern else []
+    return Traced(*stream, (*list_notes(tracker), *folded), paged_bytes(tracker.storages, pattern))
 
 
 def paged_bytes(storages: Mapping[int, Storage], pattern: Pattern | None = None) -> int:
