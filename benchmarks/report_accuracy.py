@@ -94,6 +94,8 @@ def is_known(row: Row) -> bool:
 
 
 def _line(name: str, figures: Score) -> str:
+    if not figures.coverage:
+        return f"| {name} | {figures.rows} | {figures.groups} | 0% | - | - | - | - |"
     return (
         f"| {name} | {figures.rows} | {figures.groups} | {figures.coverage:.0%} | {figures.median:.1%} | "
         f"{figures.p90:.1%} | {figures.signed:+.1%} | {figures.under:.0%} |"

@@ -9,6 +9,12 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results/formula_trace.jsonl"
 GIB = 2**30
 _SETTINGS = ("method", "quantization", "dtype", "optimizer", "activation_checkpointing", "trainer")
+_CAUSES = {
+    "google-t5/t5-base": "dropout masks and dropped-out copies, which the formula leaves out, and the cache that T5's "
+    "decoder fills while it trains (its own config keeps `use_cache`)",
+    "google-bert/bert-base-uncased": "dropout masks, which the formula leaves out",
+    "openai-community/gpt2": "dropout masks, which the formula leaves out",
+}
 _ROWS = ("parameters", "gradients", "optimizer_states", "activations", "temporaries")
 
 
@@ -27,8 +33,9 @@ def compare_answerers(path: Path = RESULTS) -> str:
     columns = ["case", "trace GiB", "formula", "reserved", *(row.replace("_", " ") for row in _ROWS)]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     lines += [_line(one) for one in answered]
+    causes = [f"\n- **{name}**: {cause}." for name, cause in _CAUSES.items()]
     refused = [f"\n\nNot answered: {_case(one)}: {one['refused']}" for one in found if "refused" in one]
-    return head + "\n".join(lines) + "".join(refused)
+    return head + "\n".join([*lines, *causes]) + "".join(refused)
 
 
 def _error(one: dict[str, Any]) -> float:

@@ -134,7 +134,7 @@ def _attention_kernel(
     # query gradient, a row sum, and under grouped queries key/value gradients of every head before they are reduced.
     expanded = 2 * c * attention.q_size if grouped and not repeats else 0
     lse = tape.op("attention lse", (), per_token(4 * heads), saves_output=True, needs_grad=True)
-    biased = setting.code.position_bias and not crosses
+    biased = setting.code.position_bias and (setting.masked or not crosses)
     bias = _position_bias(tape, attention, setting) if biased else _additive_mask(tape, attention, setting)
     bias_grad = c * heads * setting.attended_len if biased else 0
     return tape.op(
@@ -160,10 +160,14 @@ def _additive_mask(tape: Tape, attention: Attention, setting: Setting) -> list[T
 
 
 def _position_bias(tape: Tape, attention: Attention, setting: Setting) -> list[Tensor]:
-    """A bias per head and pair of positions, laid out anew in each layer for all sequences together.
+    """A bias per head and pair of positions, laid out anew in each layer: for all sequences together, or for each where
+    a padding mask is folded in, into the cross-attention's bias of zeros too.
 
     Source: integrations/sdpa_attention.py create_position_bias_mask; a causal pattern is folded in with `where`.
     """
+    if setting.masked:
+        each = per_token(setting.compute_bytes * attention.num_attention_heads * setting.attended_len)
+        return [tape.op("position bias", (), each, saves_output=True, needs_grad=True)]
     pairs = setting.attended_len**2
     size = setting.compute_bytes * attention.num_attention_heads * pairs
     kept = [tape.op("position bias", (), fixed(size), saves_output=True, needs_grad=True)]

@@ -31,10 +31,12 @@ def record_layer(group: LayerGroup, setting: Setting) -> tuple[Tape, Tensor]:
 def stream_bytes(norm: NormKind, setting: Setting) -> int:
     """Return the bytes of an element between layers: of the residual stream, or what a norm after the sum makes of it.
 
-    Source: aten/src/ATen/autocast_mode.h AT_FORALL_FP32: layer_norm answers in fp32 under autocast.
+    Source: aten/src/ATen/autocast_mode.h AT_FORALL_FP32: layer_norm answers in fp32 under autocast; bitsandbytes
+    nn/modules.py Linear4bit.forward answers in its input's dtype, so that what a branch adds is fp32 then.
     """
-    widens = setting.code.norm_order == "after" and norm == "layernorm" and setting.autocast
-    return 4 if widens else setting.residual_bytes
+    wide = norm == "layernorm" and setting.autocast
+    follows = setting.quantization is not None and setting.quantization.kind in ("nf4", "fp4")
+    return 4 if wide and (setting.code.norm_order == "after" or follows) else setting.residual_bytes
 
 
 def _record_parallel(tape: Tape, group: LayerGroup, setting: Setting, stream: Tensor) -> Tape:
