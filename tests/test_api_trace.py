@@ -78,6 +78,8 @@ def test_a_plan_keeps_to_the_traced_budget(llama: str) -> None:
     small = {**JOB, "gpu": "520MiB"}
     plan = brim.plan(llama, by="trace", effective_batch_size=64, activation_checkpointing="none", **small)
     assert plan.strategy.micro_batch_size < roomy.strategy.micro_batch_size
+    largest = next(int(text.split(" is ")[1].split()[0]) for text in plan.reasons if "(solved by trace)" in text)
+    assert plan.strategy.micro_batch_size <= largest < 2 * plan.strategy.micro_batch_size
     assert plan.estimate.peak_allocated_bytes <= plan.budget_bytes
 
 

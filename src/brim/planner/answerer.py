@@ -47,6 +47,9 @@ class Answerer:
     confirm: Callable[[Workload, Strategy, bool], bool] | None = None
     """Looks closer at a strategy, exactly or at its kind, so that `peak` and `moment` answer better from now on; False
     if there was nothing left to do. None for answerers whose first answer is their best."""
+    largest: Callable[[Workload, Strategy, int], int | None] | None = None
+    """Largest micro-batch of a strategy, accumulated, whose peak is within some bytes; None if it was not solved. None
+    for answerers that solve nothing."""
     timeline: Callable[[Workload, Strategy], Timeline] | None = None
     """Memory over the step; None for answerers that do not follow it."""
 

@@ -22,6 +22,7 @@ def list_reasons(
         _product(workload, best.strategy),
         _peak(workload, best, budget, answerer),
         *_larger_micro_batch(workload, found, best, answerer),
+        *_largest(workload, best, budget, answerer),
         *_checkpointing(found, best),
         *_kept(fixed),
         budget.sentence,
@@ -61,6 +62,13 @@ def _larger_micro_batch(workload: Workload, found: Found, best: Costed, answerer
         yield f"micro-batch {larger[0].strategy.micro_batch_size} would be over by {over} at {moment}"
     elif larger:
         yield f"micro-batch {larger[0].strategy.micro_batch_size} fits too, but is {_no_better(larger[0], best)}"
+
+
+def _largest(workload: Workload, best: Costed, budget: Budget, answerer: Answerer) -> Iterator[str]:
+    solved = answerer.largest and answerer.largest(workload, best.strategy, budget.budget_bytes)
+    if solved:
+        text = "the largest micro-batch that fits this way, whatever the effective batch,"
+        yield f"{text} is {solved:,} (solved by trace)"
 
 
 def _no_better(costed: Costed, best: Costed) -> str:

@@ -76,6 +76,11 @@ class _Probe:
             self.peaks[key, found is None] = max(moments, key=lambda one: one.total_bytes)
         return self.peaks[key, found is None]
 
+    def largest(self, workload: Workload, strategy: Strategy, budget_bytes: int) -> int | None:
+        """Return the largest micro-batch of a strategy's kind within some bytes, if the kind was solved."""
+        known = self.solved.get((workload, _kind(strategy)))
+        return None if known is None else known.largest_within(budget_bytes)
+
 
 def _kind(strategy: Strategy) -> Strategy:
     """All knobs but the split."""
@@ -132,7 +137,7 @@ def answer_by_trace(
     return Answerer(
         source="trace", estimate=estimate, peak=peak, moment=moment, budget=budget, timeline=timeline,
         seconds=lambda workload, strategy: seconds(workload, strategy) if _is_known(workload) else None,
-        order=relative_cost, order_text=ORDER_TEXT, confirm=probe.confirm,
+        order=relative_cost, order_text=ORDER_TEXT, confirm=probe.confirm, largest=probe.largest,
     )  # fmt: skip
 
 
