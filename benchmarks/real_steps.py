@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ from brim.spec.workload import BatchTarget, Workload
 from brim.tables.read import find_device
 from tiny_models import tiny_class, tiny_config
 
+_SETTLING_SECONDS = 0.05  # the profiler loses what happens in the instant it starts
 MARK = "phase: "
 DEPTH, BATCH, LENGTH = 3, 2, 128
 BAR = 0.001
@@ -132,6 +134,7 @@ def measure_spans(case: Case) -> list[Span]:
             tensor.fill_(0.01 if tensor.is_floating_point() else 0)
     step = plan_step(case.workload, case.strategy, model, case.make_inputs, Marks())  # type: ignore[arg-type]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as session:
+        time.sleep(_SETTLING_SECONDS)
         run_steps(step)
     on_host = torch.get_rng_state().nbytes  # checkpointing keeps the generator's state, on the host whatever the device
     events = session.profiler.kineto_results.events()  # type: ignore[union-attr]

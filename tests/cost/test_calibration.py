@@ -20,7 +20,7 @@ def test_the_margin_is_the_recorded_shortfall(source: str) -> None:
     assert margin_fraction(source) == row.shortfall_p90_fraction >= 0  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("source", ["trace", "trial"])
+@pytest.mark.parametrize("source", ["trial"])
 def test_no_record_no_margin(source: str) -> None:
     """An answerer that was never measured has no margin, and no record."""
     assert find_accuracy(source) is None and margin_fraction(source) == 0  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ Two optimizer steps of up to two micro-batches are run: the first makes the opti
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -215,7 +215,7 @@ def _micro_batch(step: Step, inputs: Inputs, count: torch.Tensor | None) -> None
         # Not loss.backward(): that would switch function modes off inside.
         torch.autograd.backward(loss if step.scaler is None else step.scaler.scale(loss))
     step.kept_loss = loss.detach() if step.loop.keeps_loss else None
-    step.tracker.label(_gradients(step), "gradient")
+    _label_gradients(step)
 
 
 def _compute_loss(step: Step, inputs: Inputs, count: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
@@ -282,6 +282,7 @@ def _label_states(step: Step) -> None:
     for parameter, state in step.optimizer.state.items():
         tensors = [one for one in state.values() if isinstance(one, torch.Tensor)]
         step.tracker.label(tensors, "optimizer_state")
+        step.tracker.call(tensors, step.tracker.name_of(parameter))
         step.tracker.tag(tensors, step.tracker.layer_of(parameter))
     step.tracker.label(paged_states(step.optimizer), "paged")
     step.tracker.move_to_host(host_states(step.optimizer))
@@ -300,8 +301,8 @@ def _evaluate(step: Step) -> None:
     step.model.train()
 
 
-def _gradients(step: Step) -> Iterator[torch.Tensor]:
-    for group in step.optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                yield parameter.grad
+def _label_gradients(step: Step) -> None:
+    for parameter in (one for group in step.optimizer.param_groups for one in group["params"]):
+        if parameter.grad is not None:
+            step.tracker.label([parameter.grad], "gradient")
+            step.tracker.call([parameter.grad], step.tracker.name_of(parameter))
