@@ -141,12 +141,13 @@ def test_the_committed_table_is_what_the_rows_give() -> None:
 
 @pytest.mark.slow
 def test_the_committed_report_is_what_report_writes_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """docs/accuracy.md and tables/accuracy.toml are generated together, from the formula as it is."""
+    """docs/accuracy.md and tables/accuracy.toml are generated together, from the formula and the trace's file."""
     rows = read_rows(TRUTH)
     monkeypatch.setattr(report_accuracy, "ROOT", tmp_path)
     for name in ("docs/accuracy.md", "src/brim/tables/accuracy.toml"):
         (tmp_path / name).parent.mkdir(parents=True)
-    report_accuracy.write_report(rows, {by: predict_all(rows, by) for by in ANSWERERS})
+    traced = read_rows(ROOT / "benchmarks/results/trace_predictions.jsonl")
+    report_accuracy.write_report(rows, {by: predict_all(rows, by) for by in ANSWERERS} | {"trace": traced})
     for name in ("docs/accuracy.md", "src/brim/tables/accuracy.toml"):
         assert (ROOT / name).read_text(encoding="utf-8") == (tmp_path / name).read_text(encoding="utf-8"), name
 

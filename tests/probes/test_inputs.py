@@ -131,7 +131,7 @@ switch_transformers SwitchTransformersForConditionalGeneration, whisper WhisperF
 vit ViTForImageClassification, swin SwinForImageClassification, resnet ResNetForImageClassification,
 segformer SegformerForSemanticSegmentation, qwen2_vl Qwen2VLForConditionalGeneration,
 llava LlavaForConditionalGeneration, paligemma PaliGemmaForConditionalGeneration, wav2vec2 Wav2Vec2ForCTC,
-audio-spectrogram-transformer ASTForAudioClassification, videomae VideoMAEForVideoClassification
+audio-spectrogram-transformer ASTForAudioClassification, hubert HubertForCTC
 """
 
 

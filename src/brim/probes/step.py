@@ -164,7 +164,9 @@ def run_steps(step: Step) -> None:
 
 def _take_stretch(step: Step, started: int) -> Stretch | None:
     """Return the micro-batches run since an event, where those of the next step will be alike; else None."""
-    alike = step.repeats and step.recipe.engine.set_to_none and step.recipe.gradient_dtype is None
+    # A loss on pairs keeps scores of its own from micro-batch to micro-batch.
+    loop_alike = step.repeats and step.score_pairs is None and step.recipe.engine.set_to_none
+    alike = loop_alike and step.recipe.gradient_dtype is None
     if not alike:
         return None
     inputs = [one for batch in step.batches for one in batch.values() if isinstance(one, torch.Tensor)]
