@@ -108,7 +108,8 @@ def _position(tape: Tape, x: Tensor, size: int, attention: Attention, setting: S
     """
     if not attention.rotary:
         return x
-    wide = x.size.per_token == 4 * size or setting.residual_bytes == 4
+    fused = len(attention.linears) == 2  # of a view of the fused matrix the size says nothing; it has been narrowed
+    wide = (not fused and x.size.per_token == 4 * size) or setting.residual_bytes == 4
     out = per_token((4 if wide else setting.compute_bytes) * size)
     if setting.fused_rotary and x.size == out:
         return x  # rotated in place
