@@ -29,7 +29,6 @@ _ENGINE_FIELDS = (
 _TORCHAO = {"adamw_torch_8bit": "adamw-8bit"}  # torchao: two 8-bit states, scales per 256 elements, as bitsandbytes
 _QUANTIZATIONS = {"bnb-nf4": "nf4", "bnb-nf4-dq": "nf4", "bnb-fp4": "fp4", "ao-nf4": "nf4", "gptq-int4": "gptq-int4"}
 _KERNELS = {None: "none", "unsloth": "unsloth", "liger": "liger", "cut-cross-entropy": "none"}
-_PLAIN_FLASH, _REPEATING = (4, 48), ("mistral", "mixtral", "qwen2")
 _OLD_LOSS = (4, 46)  # transformers: the first release whose loss function upcasts logits beside the 16-bit ones
 _COUNT_TOLERANCE = 0.02
 _WHOLE_COLUMN = 2**20  # more weights than any matrix has inputs: one scale per output
@@ -202,14 +201,9 @@ def _read_engine(row: Row, facts: Row, extra: Row, model_type: str) -> Engine:
 
 def is_old_loss(row: Row, facts: Row) -> bool:
     """Whether the row ran a transformers before 4.46, by its stated version or its framework's pin at that date."""
-    return is_older(row, facts, _OLD_LOSS)
-
-
-def is_older(row: Row, facts: Row, release: tuple[int, int]) -> bool:
-    """Whether the row ran a transformers before a release; not if it states none."""
     version = row["framework"]["version"] or facts.get("versions", {}).get(row["framework"]["date"], "")
     stated = version.partition("transformers ")[2].split(",")[0]
-    return bool(stated) and tuple(int(part) for part in stated.split(".")[:2]) < release
+    return bool(stated) and tuple(int(part) for part in stated.split(".")[:2]) < _OLD_LOSS
 
 
 def _read_strategy(row: Row, micro: int, accumulation: int, facts: Row) -> Strategy:

@@ -72,25 +72,26 @@ def relative_cost(workload: Workload, strategy: Strategy) -> float:
 
 def answer_by_formula() -> Answerer:
     """Return the formula as an answerer."""
-    from brim.cost.calibration import margin_fraction
     from brim.cost.estimate import estimate, peak_bytes, profile_strategy
-    from brim.cost.overhead import context_bytes
     from brim.cost.steptime import seconds
 
     def moment(workload: Workload, strategy: Strategy) -> str:
         tokens = strategy.micro_batch_size * (workload.model.sequence_tokens or workload.data.seq_len)
         return max(profile_strategy(workload, strategy).rows, key=lambda row: row.total.at(tokens)).name
 
-    def budget(workload: Workload) -> Budget:
-        device = workload.cluster.device
-        return find_budget(
-            device, outside_bytes=context_bytes(device), margin_fraction=margin_fraction("formula")
-        )
-
     return Answerer(
-        source="formula", estimate=estimate, peak=peak_bytes, moment=moment, seconds=seconds, budget=budget,
-        order=relative_cost, order_text=ORDER_TEXT,
+        source="formula", estimate=estimate, peak=peak_bytes, moment=moment, seconds=seconds,
+        budget=lambda workload: budget_of(workload, "formula"), order=relative_cost, order_text=ORDER_TEXT,
     )  # fmt: skip
+
+
+def budget_of(workload: Workload, source: Source) -> Budget:
+    """Return the budget on a workload's device for peaks of a source, which has its own margin."""
+    from brim.cost.calibration import margin_fraction
+    from brim.cost.overhead import context_bytes
+
+    device = workload.cluster.device
+    return find_budget(device, outside_bytes=context_bytes(device), margin_fraction=margin_fraction(source))
 
 
 def answer_by_rule() -> Answerer:

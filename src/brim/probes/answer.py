@@ -14,8 +14,7 @@ from brim.cost.ledger import Estimate, Moment
 from brim.cost.setting import name_unknown
 from brim.cost.steptime import seconds, step_time
 from brim.cost.timeline import Timeline
-from brim.planner.answerer import ORDER_TEXT, Answerer, answer_by_formula, relative_cost
-from brim.planner.budget import Budget
+from brim.planner.answerer import ORDER_TEXT, Answerer, answer_by_formula, budget_of, relative_cost
 from brim.planner.candidates import knobs_of
 from brim.probes.inputs import MakeInputs
 from brim.probes.model import BuildModel
@@ -128,14 +127,12 @@ def answer_by_trace(
         traced, device = probe.follow(workload, strategy), workload.cluster.device
         return read_timeline(
             traced.events, traced.storages, expandable=strategy.allocator == "expandable_segments",
-            capacity_bytes=device.plannable_bytes, budget_bytes=budget(workload).budget_bytes,
+            capacity_bytes=device.plannable_bytes, budget_bytes=budget_of(workload, "trace").budget_bytes,
         )  # fmt: skip
 
-    def budget(workload: Workload) -> Budget:
-        return _find_budget(workload)
-
     return Answerer(
-        source="trace", estimate=estimate, peak=peak, moment=moment, budget=budget, timeline=timeline,
+        source="trace", estimate=estimate, peak=peak, moment=moment, timeline=timeline,
+        budget=lambda workload: budget_of(workload, "trace"),
         seconds=lambda workload, strategy: seconds(workload, strategy) if _is_known(workload) else None,
         order=relative_cost, order_text=ORDER_TEXT, confirm=probe.confirm, largest=probe.largest,
     )  # fmt: skip
@@ -153,12 +150,3 @@ def _ask(probe: _Probe, workload: Workload, strategy: Strategy) -> Moment | None
         probe.confirm(workload, strategy, exactly=False)
         return probe.peak(workload, strategy) or _ask(probe, workload, strategy)
     return found
-
-
-def _find_budget(workload: Workload) -> Budget:
-    from brim.cost.calibration import margin_fraction
-    from brim.cost.overhead import context_bytes
-    from brim.planner.budget import find_budget
-
-    device = workload.cluster.device
-    return find_budget(device, outside_bytes=context_bytes(device), margin_fraction=margin_fraction("trace"))

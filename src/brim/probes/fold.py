@@ -310,16 +310,18 @@ def _emit(
     made: list[Event] = []
     collects = gc.isenabled()
     gc.disable()  # a hundred thousand tuples in one list are no garbage, however often they are looked at
-    for index, run in enumerate(runs):
-        if run.unit != middle:
-            made += [_shifted(event, places, run.unit, pattern) for event in run.events]
-            continue
-        seen = [_seen_from_middle(event, places, middle, twins) for event in run.events]
-        behind = range(missing + 1)
-        for offset in behind if runs[index + 1].unit > middle else reversed(behind):
-            made += _stand_in(seen, offset, missing, middle)
-    if collects:
-        gc.enable()
+    try:
+        for index, run in enumerate(runs):
+            if run.unit != middle:
+                made += [_shifted(event, places, run.unit, pattern) for event in run.events]
+                continue
+            seen = [_seen_from_middle(event, places, middle, twins) for event in run.events]
+            behind = range(missing + 1)
+            for offset in behind if runs[index + 1].unit > middle else reversed(behind):
+                made += _stand_in(seen, offset, missing, middle)
+    finally:
+        if collects:
+            gc.enable()
     return made, Repeated(storages)
 
 

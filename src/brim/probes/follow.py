@@ -115,8 +115,6 @@ def _where(error: Exception) -> str:
 
 def list_notes(tracker: StorageTracker) -> tuple[str, ...]:
     """Return what the traced code assumed, one sentence each."""
-    import torch
-
     notes = [f"the model's own code on tensors without data, torch {torch.__version__.partition('+')[0]}"]
     if tracker.scalars_asked:
         places = len(tracker.scalars_asked)

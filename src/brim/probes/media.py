@@ -32,9 +32,9 @@ def add_media(request: Any, makers: MutableMapping[str, Make]) -> Media:
     """
     takes, media = request.takes, {}
     if "pixel_values" in takes or "image_patches" in takes:
-        media |= _add_images(request, makers)
+        media |= _add(request, makers, "image")
     if ("input_features" in takes and "input_ids" not in takes) or _hears(request):
-        media |= _add_sound(request, makers)
+        media |= _add(request, makers, "audio")
     elif "input_values" in takes and "input_ids" not in takes:
         makers["input_values"] = _waves(request)
     return media
@@ -45,21 +45,23 @@ def _hears(request: Any) -> bool:
     return "input_features" in request.takes and "pixel_values" not in request.takes
 
 
-def _add_images(request: Any, makers: MutableMapping[str, Make]) -> Media:
+def _add(request: Any, makers: MutableMapping[str, Make], medium: str) -> Media:
+    """Add the first form of a medium that the model's encoder takes."""
+    name, names, list_forms = _MEDIA[medium]
     failed: Exception | None = None
-    token = _find_id(request.config, _IMAGE_TOKENS)
-    for images in _list_image_forms(request):
+    token = _find_id(request.config, names)
+    for form in list_forms(request):
         if "input_ids" not in request.takes or token is None:
-            makers |= images
+            makers |= form
             return {}
         try:
-            count = count_tokens(request.model, "image", images)
+            count = count_tokens(request.model, medium, form)
         except Exception as error:  # whatever the model's own code raises: the next form is tried
             failed = failed or error
             continue
-        makers |= images
+        makers |= form
         return {token: count // request.batch} if count else {}
-    text = f"images of {request.kind}: no form brim knows fits ({_short(failed)}); pass make_inputs"
+    text = f"{name} of {request.kind}: no form brim knows fits ({_short(failed)}); pass make_inputs"
     raise ProbeFailed(text) from failed
 
 
@@ -127,24 +129,6 @@ def _values(request: Any, shape: tuple[int, ...]) -> Make:
     return lambda: torch.ones(shape, dtype=dtype)
 
 
-def _add_sound(request: Any, makers: MutableMapping[str, Make]) -> Media:
-    failed: Exception | None = None
-    token = _find_id(request.config, _AUDIO_TOKENS)
-    for sound in _list_sound_forms(request):
-        if "input_ids" not in request.takes or token is None:
-            makers |= sound
-            return {}
-        try:
-            count = count_tokens(request.model, "audio", sound)
-        except Exception as error:  # whatever the model's own code raises: the next form is tried
-            failed = failed or error
-            continue
-        makers |= sound
-        return {token: count // request.batch} if count else {}
-    text = f"sound of {request.kind}: no form brim knows fits ({_short(failed)}); pass make_inputs"
-    raise ProbeFailed(text) from failed
-
-
 def _list_sound_forms(request: Any) -> Iterator[dict[str, Make]]:
     """Yield forms sound is read in: Whisper's (bands, frames), then (frames, bands)."""
     config, batch, takes = request.config, request.batch, request.takes
@@ -161,6 +145,13 @@ def _list_sound_forms(request: Any) -> Iterator[dict[str, Make]]:
             input_features_mask=lambda: torch.ones(batch, frames, dtype=torch.long),
             padding_mask=lambda: torch.ones(batch, frames, dtype=torch.long),
         )  # fmt: skip
+
+
+_MEDIA = {
+    "image": ("images", _IMAGE_TOKENS, _list_image_forms),
+    "audio": ("sound", _AUDIO_TOKENS, _list_sound_forms),
+}
+"""Medium -> its word in errors, the names of its placeholder's id in configs, the forms it is read in."""
 
 
 def _waves(request: Any) -> Make:

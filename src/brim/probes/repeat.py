@@ -6,12 +6,13 @@ first is written down again, and its gradients are put in place for the optimize
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from brim.probes.tracker import StorageTracker
+from brim.probes.tracker import Event, StorageTracker
 
 
 class Gradient(NamedTuple):
@@ -59,9 +60,7 @@ def take_stretch(
 
 def can_repeat(tracker: StorageTracker, stretch: Stretch) -> bool:
     """Whether a stretch frees its own only, and what outlives it is its gradients and what the loop still holds."""
-    events = tracker.events[stretch.first : stretch.last]
-    made = {event.key for event in events if event.num_bytes > 0}
-    freed = {event.key for event in events if event.num_bytes < 0}
+    made, freed = _made_and_freed(tracker.events[stretch.first : stretch.last])
     return freed <= made and _kept(stretch, made - freed) <= tracker.live_keys
 
 
@@ -74,8 +73,7 @@ def repeat_stretch(tracker: StorageTracker, stretch: Stretch, begin) -> None:  #
         begin: names the next phase of the step.
     """
     events = tracker.events[stretch.first : stretch.last]
-    made = {event.key for event in events if event.num_bytes > 0}
-    freed = {event.key for event in events if event.num_bytes < 0}
+    made, freed = _made_and_freed(events)
     once = _kept(stretch, made - freed) - set(stretch.releases)
     names: dict[int, int] = {}
     for number, event in enumerate(events, stretch.first):
@@ -91,6 +89,11 @@ def repeat_stretch(tracker: StorageTracker, stretch: Stretch, begin) -> None:  #
         with tracker.muted():
             one.parameter.grad = torch.empty_strided(one.size, one.stride, dtype=one.dtype)
         tracker.adopt(one.parameter.grad, names[one.key])
+
+
+def _made_and_freed(events: Sequence[Event]) -> tuple[set[int], set[int]]:
+    made = {event.key for event in events if event.num_bytes > 0}
+    return made, {event.key for event in events if event.num_bytes < 0}
 
 
 def _kept(stretch: Stretch, lasting: set[int]) -> set[int]:

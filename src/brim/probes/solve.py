@@ -34,7 +34,8 @@ class Solved:
     """The stream of a strategy for every micro-batch of at least two sequences."""
 
     events: Sequence[Event]
-    storages: Traced
+    traced: Traced
+    """The smaller of the two, for what its storages are."""
     lines: dict[int, _Line]
 
     def trace_at(self, micro_batch_size: int) -> Traced:
@@ -44,7 +45,7 @@ class Solved:
             Event(key, 0 if not num_bytes else sizes[key] if num_bytes > 0 else -sizes[key], phase, layer)
             for key, num_bytes, phase, layer in self.events
         ]
-        return replace(self.storages, events=events)
+        return replace(self.traced, events=events)
 
     def peak_bytes(self, micro_batch_size: int) -> int:
         """Return the most bytes allocated at a micro-batch size."""
