@@ -13,6 +13,7 @@
     |  `- MissingExtra           2   an optional package is not installed
     |- DoesNotFit                3   nothing fits the budget
     |- NotExact                  4   a proof failed
+    |  `- InseparableLoss        4   a loss that no split over micro-batches leaves as it is
     |- ProbeFailed               5   a probe died
     |- Unreachable               6   hub or network
     `- TableError                1   our own data is wrong
@@ -153,6 +154,14 @@ class NotExact(BrimError):
     """Accumulated gradients differ from the big batch."""
 
     exit_code = 4
+
+
+class InseparableLoss(NotExact):
+    """A loss that is no weighted mean of its micro-batches' losses."""
+
+    def __init__(self, *, reason: str, advice: str) -> None:
+        super().__init__(f"this loss cannot be split over micro-batches: {reason}; {advice}", reason=reason)
+        self.reason = reason
 
 
 class ProbeFailed(BrimError):

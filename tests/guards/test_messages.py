@@ -10,6 +10,7 @@ from brim.errors import (
     DoesNotFit,
     IndivisibleBatch,
     Inexpressible,
+    InseparableLoss,
     InvalidConfig,
     InvalidFile,
     InvalidInput,
@@ -42,6 +43,7 @@ EXAMPLES = [
     (MissingExtra(package="torch", extra="trace", purpose="--by trace"), 2, ["pip install 'brim[trace]'"]),
     (DoesNotFit("needs 30 GiB of 24 GiB", gap_bytes=6, at_moment="loss", relaxations=[1]), 3, ["30", "24"]),
     (NotExact("differs"), 4, []),
+    (InseparableLoss(reason="batch-norm", advice="freeze it"), 4, ["batch-norm", "freeze it"]),
     (ProbeFailed("died"), 5, []),
     (Unreachable("hub"), 6, []),
 ]

@@ -1,0 +1,1 @@
+"""Proofs: that accumulation is exact, and that a strategy changes nothing but memory and time."""

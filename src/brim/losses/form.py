@@ -1,0 +1,69 @@
+"""The form of a loss: what it averages over, and which auxiliary parts are added to that mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from brim.losses.rules import CountingRule
+
+AUXILIARY_KINDS = ("aux_loss", "z_loss")
+"""How transformers' outputs name router losses. Source: transformers/modeling_outputs.py (`aux_loss`, `z_loss`,
+`encoder_aux_loss`, ...)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossForm:
+    """`loss = mean over the rule's terms + sum of coefficient x auxiliary part`."""
+
+    rule: CountingRule
+    """What the mean averages over."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """`sum` for a loss that is never divided."""
+    auxiliary: tuple[tuple[str, float], ...] = ()
+    """Kind and coefficient of each part that depends on the micro-batch as a whole, such as a router's balance."""
+
+    def __str__(self) -> str:
+        text = f"{self.reduction} over {self.rule}"
+        return text + "".join(f" + {coefficient:g} x {kind}" for kind, coefficient in self.auxiliary)
+
+    def sum_auxiliary(self, parts: Mapping[str, Tensor]) -> Tensor | float:
+        """Return the auxiliary part of a loss, coefficients applied; 0.0 if there is none."""
+        found = [coefficient * parts[kind] for kind, coefficient in self.auxiliary if kind in parts]
+        return sum(found[1:], start=found[0]) if found else 0.0
+
+
+def read_auxiliary(outputs: Any) -> dict[str, Tensor]:
+    """Return the auxiliary losses that a model's outputs show, summed by kind."""
+    found: dict[str, Tensor] = {}
+    for name, value in outputs.items() if isinstance(outputs, Mapping) else ():
+        for kind in AUXILIARY_KINDS:
+            if name.endswith(kind) and isinstance(value, Tensor) and value.dim() == 0:
+                found[kind] = found[kind] + value if kind in found else value
+    return found
+
+
+class AuxiliaryTap:
+    """Keeps the auxiliary losses of a module's last forward pass, with their graph.
+
+    The module's own outputs are read, so it works where the trainer, not the model, adds them up.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.parts: dict[str, Tensor] = {}
+        self._handle = module.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, args: Any, outputs: Any) -> None:
+        self.parts = read_auxiliary(outputs)
+
+    def take(self) -> dict[str, Tensor]:
+        """Return the parts and let go of them, so that no graph outlives its micro-batch."""
+        parts, self.parts = self.parts, {}
+        return parts
+
+    def remove(self) -> None:
+        """Take the hook off the module."""
+        self._handle.remove()

@@ -1,0 +1,107 @@
+"""Batches to measure a loss on: the same one with other labels, and the same one in two parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from brim.losses.rules import IGNORED, count_rows, is_target
+
+Inputs = Mapping[str, Any]
+
+
+class Parts(NamedTuple):
+    """A batch and the two that it is made of."""
+
+    whole: Inputs
+    first: Inputs
+    second: Inputs
+
+
+def vary_labels(inputs: Inputs) -> Iterator[dict[str, Any]]:
+    """Yield the batch with labels under which the counting rules count differently.
+
+    On real data they may agree: where no prompt is trained on, position 0 is never a target, and a shifted and an
+    unshifted count are the same number until the day they are not.
+    """
+    yield _relabel(inputs, lambda labels: _set_first(labels, rows=1, dropped=1))
+    yield _relabel(inputs, lambda labels: _set_first(labels, rows=labels.shape[0], dropped=2))
+
+
+def split_labels(inputs: Inputs) -> Parts | None:
+    """Return the batch with some of its labels, with some others, and with both; None where rows are too short.
+
+    What the model computes is the same in all three, only what its loss averages over differs: this measures a count
+    without a look inside. Position 0 is in the first part alone.
+    """
+    key = next((key for key, value in inputs.items() if is_target(key, value) and value.dim() == 2), None)
+    if key is None:
+        return None
+    labels = inputs[key]
+    row = int(labels.ne(IGNORED).sum(dim=1).argmax())
+    places = [place for place in labels[row].ne(IGNORED).nonzero().flatten().tolist() if place][:3]
+    if len(places) < 3:
+        return None
+    groups = ((0, places[0]), places[1:])
+    first, second = (_keep_only(labels, row, group) for group in groups)
+    both = torch.where(first.eq(IGNORED), second, first)
+    return Parts(*({**inputs, key: part} for part in (both, first, second)))
+
+
+def split_rows(inputs: Inputs) -> Iterator[Parts]:
+    """Yield the batch cut in two by rows, in each of the ways that its layout may have.
+
+    Preference trainers stack the chosen rows on the rejected ones: there a pair is row i and row i + n/2.
+    """
+    rows = count_rows(inputs)
+    for blocks in (1, 2):
+        pairs = rows // blocks
+        if pairs >= 2 and rows % blocks == 0:
+            cut = max(pairs // 3, 1)
+            yield Parts(inputs, _take_rows(inputs, rows, blocks, 0, cut), _take_rows(inputs, rows, blocks, cut, pairs))
+
+
+def _take_rows(inputs: Inputs, rows: int, blocks: int, start: int, stop: int) -> dict[str, Any]:
+    """Return pairs `start` to `stop` of each of the stacked blocks; what has no row dimension stays whole."""
+    size = rows // blocks
+
+    def take(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.dim() or value.shape[0] not in (rows, size):
+            return value
+        stacked = value.shape[0] // size
+        return torch.cat([value[block * size + start : block * size + stop] for block in range(stacked)])
+
+    return {key: take(value) for key, value in inputs.items()}
+
+
+def _relabel(inputs: Inputs, change: Any) -> dict[str, Any]:
+    return {key: change(value.clone()) if is_target(key, value) else value for key, value in inputs.items()}
+
+
+def _set_first(labels: Tensor, *, rows: int, dropped: int) -> Tensor:
+    """Make position 0 of some rows a target and a few others none, so that every rule counts another number."""
+    counted = labels.ne(IGNORED)
+    if labels.dim() == 1:
+        if len(labels) > dropped:
+            labels[:dropped] = IGNORED
+        return labels
+    value = labels[counted][0] if counted.any() else 0
+    for row in range(labels.shape[0]):
+        places = counted[row].nonzero().flatten().tolist() if labels.dim() == 2 else []
+        spare = [place for place in places if place][:dropped]
+        if len(places) > dropped + 1:
+            labels[row, spare] = IGNORED
+    labels[:rows, 0] = value
+    return labels
+
+
+def _keep_only(labels: Tensor, row: int, places: Any) -> Tensor:
+    kept = torch.full_like(labels, IGNORED)
+    value = labels[row][labels[row].ne(IGNORED)][0]
+    for place in places:
+        original = labels[row, place]
+        kept[row, place] = torch.where(original.eq(IGNORED), value, original)
+    return kept

@@ -1,0 +1,75 @@
+"""`guard`: one line that makes any Hugging Face trainer exact."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from brim.errors import InvalidInput
+from brim.runtime.trainer import ExactAccumulation
+
+Trainer = TypeVar("Trainer")
+_OLDEST = (4, 46)
+
+_GUARDED: dict[type, type] = {}
+"""Guarded class of each trainer class, so that two guarded trainers of a class are of one class too."""
+
+
+def guard(trainer: Trainer, plan: Any = None, *, exact: bool = True) -> Trainer:
+    """Return the same trainer, made exact: its class is rebound to a subclass of itself.
+
+        trainer = brim.guard(SFTTrainer(...))
+        trainer.train()
+
+    Guarding twice changes nothing; `unguard` gives the class back. What the loss averages over is measured on the first
+    batch. The logged loss is the true mean over the batch, that of evaluation the true mean over the evaluation set.
+
+    Args:
+        trainer: a `transformers.Trainer` or any subclass: Seq2SeqTrainer, TRL's SFT, DPO, Reward, your own.
+        plan: the plan that the run follows, or None.
+        exact: whether accumulation is made exact.
+
+    Raises:
+        InvalidInput: no trainer, transformers older than 4.46, or a mode that cannot be made exact.
+        InseparableLoss: raised by `train()` when the loss is no mean that splits over micro-batches.
+    """
+    _check(trainer)
+    if exact and not isinstance(trainer, ExactAccumulation):
+        trainer.__class__ = _guard_class(type(trainer))
+    return trainer
+
+
+def unguard(trainer: Trainer) -> Trainer:
+    """Return the trainer with its own class again."""
+    if type(trainer) in _GUARDED.values():
+        trainer.forget_window()  # type: ignore[attr-defined]
+        trainer.__class__ = type(trainer).__mro__[2]
+    return trainer
+
+
+def _guard_class(kind: type) -> type:
+    """Return the guarded subclass of a trainer class; it has its name, since logs and model cards show it."""
+    if kind not in _GUARDED:
+        doc = f"{kind.__name__} with exact accumulation."
+        _GUARDED[kind] = type(kind.__name__, (ExactAccumulation, kind), {"__doc__": doc, "__module__": kind.__module__})
+    return _GUARDED[kind]
+
+
+def _check(trainer: Any) -> None:
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        raise InvalidInput("guard takes a transformers.Trainer; for a plain loop use brim.accumulate") from None
+    if not isinstance(trainer, transformers.Trainer):
+        name = type(trainer).__name__
+        raise InvalidInput(f"guard takes a transformers.Trainer, not {name}; for a plain loop use brim.accumulate")
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if version < _OLDEST:
+        raise InvalidInput(
+            f"transformers {transformers.__version__} averages micro-batch means and offers no place to count before "
+            "training; guard needs 4.46 or later, or use brim.accumulate in a plain loop"
+        )
+    if trainer.args.n_gpu > 1:
+        raise InvalidInput(
+            f"DataParallel over {trainer.args.n_gpu} GPUs in one process cannot be made exact; "
+            f"start with torchrun --nproc-per-node {trainer.args.n_gpu}, or set CUDA_VISIBLE_DEVICES to one GPU"
+        )

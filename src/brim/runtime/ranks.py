@@ -1,0 +1,34 @@
+"""What ranks tell each other: one small collective per window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def gather_numbers(numbers: Sequence[float], device: torch.device | str = "cpu", group: Any = None) -> list[list[float]]:
+    """Return the numbers of every rank, in rank order; only one's own without a process group.
+
+    Args:
+        numbers: as many on every rank.
+        device: where the tensors of the collective live; NCCL needs the rank's GPU.
+        group: process group of the data-parallel ranks; the default group if None.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return [list(numbers)]
+    mine = torch.tensor(numbers, dtype=torch.float64, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    return [row.tolist() for row in everyone]
+
+
+def share_from_first(value: Any, group: Any = None) -> Any:
+    """Return rank 0's value on every rank, so that all of them measure on the same batch and decide the same."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=group)
+    return box[0]

@@ -1,0 +1,126 @@
+"""Exact accumulation inside Hugging Face's training loop, as a mixin over any trainer class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from brim.errors import InvalidInput
+from brim.losses.form import AuxiliaryTap, LossForm
+from brim.runtime.ranks import gather_numbers
+from brim.runtime.trainer_loop import divides_by, list_coefficients, measure_trainer, steps_when_short
+from brim.runtime.window import Window, open_window
+
+
+class ExactAccumulation:
+    """Mixin that makes a `transformers.Trainer` exact: `class Mine(brim.ExactAccumulation, SFTTrainer)`.
+
+    `get_batch_samples` counts the window that it fetched; `compute_loss` asks the trainer for the plain mean of a
+    micro-batch and weights it; `training_step` runs backward from that, whatever its release divides by.
+
+    Leaves out: context and sequence parallelism, where a rank sees a part of each row (refused); DataParallel (refused).
+    """
+
+    _form: LossForm | None = None
+    _window: Window | None = None
+    _index: int = -1
+    _share: Tensor | None = None
+    _auxiliary: AuxiliaryTap | None = None
+    _evaluated: list[tuple[Tensor, Tensor]] | None = None
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any) -> tuple[list[Any], None]:
+        """Return the micro-batches of one optimizer step, counted over all ranks.
+
+        A window that the loop would leave without a step, at the end of a stream whose length nobody knows, is filled
+        up with micro-batches of weight 0. So is that of a rank that has fewer than the others.
+        """
+        steps = self.args.gradient_accumulation_steps
+        batches, _ = super().get_batch_samples(epoch_iterator, steps, *args)
+        if self._form is None:
+            self._form = measure_trainer(self, batches)
+        self._window = open_window(self._form, batches, self.args.device)
+        self._index = -1
+        self._keep_auxiliary()
+        wanted = self._window.most_micro_batches
+        if 0 < wanted < steps and not steps_when_short(self):
+            wanted = steps
+        if batches:
+            return [*batches, *[batches[-1]] * (wanted - len(batches))], None
+        return [], None
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Run one micro-batch; return its share of the window's loss."""
+        if self._window is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        self._index += 1
+        with self._own_backward():
+            super().training_step(model, self._window.prepare(self._index, inputs), *args, **kwargs)
+        share, self._share = self._share, None
+        if share is None:
+            raise InvalidInput(f"{type(self).__name__} computes no loss in a training step; guard cannot make it exact")
+        return share.detach()
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss; while training its share of the window's."""
+        kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
+        found = super().compute_loss(model, inputs, return_outputs, **kwargs)
+        if self._index < 0 or self._window is None or not self.model.training:
+            return found
+        loss = found[0] if return_outputs else found
+        parts = self._auxiliary.take() if self._auxiliary is not None else {}
+        self._share = self._window.scale(self._index, loss, parts)
+        return (self._share, found[1]) if return_outputs else self._share
+
+    def prediction_step(self, model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the predictions of one evaluation batch; note its loss and what it averages over."""
+        if self._form is None:
+            self._form = measure_trainer(self, [inputs])
+        found = super().prediction_step(model, inputs, *args, **kwargs)
+        if self._evaluated is not None and isinstance(found[0], Tensor) and found[0].dim() == 0:
+            self._evaluated.append((found[0].detach(), self._form.rule.count(inputs)))
+        return found
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the evaluation, with a loss that does not depend on how the set was cut into batches."""
+        self._evaluated = []
+        found = super().evaluation_loop(*args, **kwargs)
+        pairs, self._evaluated = self._evaluated, None
+        terms = [(float(loss) * int(count), int(count)) for loss, count in pairs if int(count)]
+        everyone = gather_numbers((sum(t for t, _ in terms), sum(n for _, n in terms)), self.args.device)
+        total, number = (sum(column) for column in zip(*everyone, strict=True))
+        for name in [name for name in found.metrics if name.endswith("_loss") and number and len(pairs)]:
+            if name.count("_") == 1:
+                found.metrics[name] = total / number
+        return found
+
+    def forget_window(self) -> None:
+        """Take back what the guard has put on the model and the trainer."""
+        if self._auxiliary is not None:
+            self._auxiliary.remove()
+        for name in ("_form", "_window", "_index", "_share", "_auxiliary", "_evaluated"):
+            self.__dict__.pop(name, None)
+
+    def _keep_auxiliary(self) -> None:
+        if self._form is not None and self._form.auxiliary and self._auxiliary is None:
+            self._auxiliary = AuxiliaryTap(self.model)
+
+    @contextmanager
+    def _own_backward(self) -> Iterator[None]:
+        """While entered, backward runs from the share, however the loop has scaled it on the way."""
+        accelerator = self.accelerator
+        theirs = accelerator.backward
+
+        def backward(loss: Tensor, **kwargs: Any) -> None:
+            theirs(loss if self._share is None else self._share * divides_by(accelerator), **kwargs)
+
+        accelerator.backward = backward
+        try:
+            yield
+        finally:
+            del accelerator.backward
+
+
+__all__ = ["ExactAccumulation", "list_coefficients"]

@@ -1,0 +1,113 @@
+"""What the releases of Hugging Face's training loop do differently, and measuring a trainer's loss."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from brim.errors import InvalidInput
+from brim.losses.form import LossForm
+from brim.losses.measure import measure_form
+from brim.losses.views import Parts
+from brim.runtime.ranks import share_from_first
+
+_NUM_SAMPLES = 4
+_STEPS_PARTIAL_WINDOWS = (4, 47)
+"""First release whose loop steps the last, partial window of a loader with a length. Source: transformers/trainer.py,
+`do_sync_step`, 4.46.3 against 4.47.1."""
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef", "aux_loss_alpha")
+
+
+def divides_by(accelerator: Any) -> int:
+    """Return what `accelerator.backward` divides a loss by. Source: accelerate/accelerator.py, `backward`."""
+    deepspeed = str(accelerator.distributed_type).endswith("DEEPSPEED")
+    return 1 if deepspeed else accelerator.gradient_accumulation_steps
+
+
+def steps_when_short(trainer: Any) -> bool:
+    """Return whether the loop steps the optimizer after a last window with fewer micro-batches than the others."""
+    loader = trainer.callback_handler.train_dataloader
+    try:
+        num_batches = len(loader)
+    except TypeError:
+        return False
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    return version >= _STEPS_PARTIAL_WINDOWS or num_batches <= trainer.args.gradient_accumulation_steps
+
+
+def list_coefficients(trainer: Any) -> list[float]:
+    """Return the coefficients of auxiliary losses that the trainer and the model's config declare."""
+    config = getattr(trainer.model, "config", None)
+    places = [trainer, config, *[getattr(config, name, None) for name in ("text_config", "decoder", "llm_config")]]
+    found = [getattr(place, name, None) for place in places for name in _COEFFICIENTS]
+    return [float(value) for value in found if isinstance(value, (int, float)) and value]
+
+
+def measure_trainer(trainer: Any, batches: Sequence[Mapping[str, Any]]) -> LossForm:
+    """Return what the loss of a trainer averages over, measured alike on every rank.
+
+    Args:
+        trainer: guarded; its own `compute_loss` makes the loss.
+        batches: micro-batches of this rank; used where the dataset cannot be indexed.
+
+    Raises:
+        InvalidInput: the trainer splits rows over ranks. InseparableLoss: no count explains the loss.
+    """
+    _refuse_split_rows(trainer)
+    whole = next(iter(parts.whole for parts in _collate_parts(trainer)), None)
+    if whole is None:
+        whole = share_from_first(batches[0] if batches else None)
+    if whole is None:
+        raise InvalidInput("the first window of rank 0 has no micro-batch; nothing to measure the loss on")
+
+    def loss_of(inputs: Mapping[str, Any]) -> Tensor:
+        with trainer.compute_loss_context_manager():
+            return trainer.compute_loss(trainer.model, trainer._prepare_inputs(dict(inputs)))
+
+    with _leaving_no_trace(trainer):
+        return measure_form(
+            loss_of, trainer.model, whole, parts=_collate_parts(trainer), coefficients=list_coefficients(trainer)
+        )
+
+
+def _refuse_split_rows(trainer: Any) -> None:
+    for kind in ("cp", "sp"):
+        size = getattr(trainer, f"get_{kind}_size", lambda: 1)()
+        if size > 1:
+            raise InvalidInput(f"{kind} over {size} ranks splits each row; guard cannot count a part of a row, set exact=False")
+
+
+def _collate_parts(trainer: Any) -> Iterator[Parts]:
+    """Yield a few of the dataset's sequences, collated together and in two parts; none where it cannot be indexed."""
+    loader = trainer.callback_handler.train_dataloader or trainer.callback_handler.eval_dataloader
+    dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+    if collate is None or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or len(dataset) < 2:
+        return
+    with torch.random.fork_rng(devices=[]):
+        rows = [dataset[index] for index in range(min(_NUM_SAMPLES, len(dataset)))]
+        yield Parts(*(collate(copy.deepcopy(part)) for part in (rows, rows[:1], rows[1:])))
+
+
+@contextmanager
+def _leaving_no_trace(trainer: Any) -> Iterator[None]:
+    """Put back the counters and metrics that a trainer keeps while it computes a loss."""
+    kept = {name: copy.deepcopy(value) for name, value in vars(trainer).items() if _is_plain(value)}
+    try:
+        yield
+    finally:
+        vars(trainer).update(kept)
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value is made of numbers, texts and containers of them alone."""
+    if isinstance(value, Mapping):
+        return all(_is_plain(part) for part in value.values())
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(part) for part in value)
+    return isinstance(value, (bool, int, float, str))
