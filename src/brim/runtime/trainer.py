@@ -72,7 +72,8 @@ class ExactAccumulation:
         loss = found[0] if return_outputs else found
         parts = self._auxiliary.take() if self._auxiliary is not None else {}
         self._share = self._window.scale(self._index, loss, parts)
-        return (self._share, found[1]) if return_outputs else self._share
+        theirs = self._share.clone()  # some releases multiply what they get in place
+        return (theirs, found[1]) if return_outputs else theirs
 
     def prediction_step(self, model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Return the predictions of one evaluation batch; note its loss and what it averages over."""

@@ -80,14 +80,15 @@ def _refuse_split_rows(trainer: Any) -> None:
     for kind in ("cp", "sp"):
         size = getattr(trainer, f"get_{kind}_size", lambda: 1)()
         if size > 1:
-            raise InvalidInput(f"{kind} over {size} ranks splits each row; guard cannot count a part of a row, set exact=False")
+            raise InvalidInput(f"{kind} over {size} ranks splits each row, and guard cannot count a part; use exact=False")
 
 
 def _collate_parts(trainer: Any) -> Iterator[Parts]:
     """Yield a few of the dataset's sequences, collated together and in two parts; none where it cannot be indexed."""
-    loader = trainer.callback_handler.train_dataloader or trainer.callback_handler.eval_dataloader
+    handler = trainer.callback_handler
+    loader = handler.eval_dataloader if handler.train_dataloader is None else handler.train_dataloader
     dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
-    if collate is None or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or len(dataset) < 2:
+    if collate is None or dataset is None or isinstance(dataset, torch.utils.data.IterableDataset) or len(dataset) < 2:
         return
     with torch.random.fork_rng(devices=[]):
         rows = [dataset[index] for index in range(min(_NUM_SAMPLES, len(dataset)))]
