@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from brim.losses.rules import CountingRule
@@ -57,7 +58,8 @@ class AuxiliaryTap:
         self._handle = module.register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, args: Any, outputs: Any) -> None:
-        self.parts = read_auxiliary(outputs)
+        if torch.is_grad_enabled() or not self.parts:  # a reference pass without gradients does not replace it
+            self.parts = read_auxiliary(outputs)
 
     def take(self) -> dict[str, Tensor]:
         """Return the parts and let go of them, so that no graph outlives its micro-batch."""

@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from brim.errors import InseparableLoss
-from brim.losses.form import AuxiliaryTap, LossForm
+from brim.losses.form import LossForm
 from brim.losses.rules import ROWS, CountingRule, list_rules
-from brim.losses.tap import LossCall, LossTap
 from brim.losses.views import Inputs, Parts, split_labels, split_rows, vary_labels
+from brim.losses.watch import LossOf, LossWatch, Seen, stirred
 
-PRECISE, COARSE = 2e-5, 3e-2
+PRECISE, COARSE = 5e-6, 1e-2
 """Relative difference of two losses that are the same number in fp32, and in 16 bit (measured noise floors: 5e-7 and
 6e-3)."""
 
-LossOf = Callable[[Inputs], Tensor]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
-    """One loss and what was seen of its making."""
-
-    loss: float
-    calls: Sequence[LossCall] = ()
-    auxiliary: dict[str, float] = field(default_factory=dict)
-
 
 def measure_form(
-    loss_of: LossOf, model: nn.Module, batch: Inputs, *, parts: Iterable[Parts] = (), coefficients: Sequence[float] = (),
+    loss_of: LossOf, model: nn.Module, batch: Inputs, *, parts: Iterable[Parts] = (),
+    coefficients: Sequence[float] = (),
 ) -> LossForm:  # fmt: skip
     """Return what a loss averages over.
 
@@ -51,12 +41,12 @@ def measure_form(
         InseparableLoss: no counting rule makes the loss of a batch the weighted mean of its micro-batches'.
     """
     refuse_batch_norm(model)
-    with _Watch(loss_of, model) as watch:
+    with LossWatch(loss_of, model) as watch:
         precise = PRECISE if _is_precise(model) else COARSE
         form = _from_calls(watch, batch, precise) or _from_labels(watch, batch, precise)
         trials = [*split_rows(batch), *parts]
         if form is None:
-            return _from_parts(watch, trials, precise)
+            return _from_parts(watch, trials, precise, coefficients)
         return _confirm(watch, form, trials, precise, coefficients)
 
 
@@ -76,41 +66,7 @@ def _is_precise(model: nn.Module) -> bool:
     return kinds <= {torch.float32, torch.float64} and not autocast
 
 
-class _Watch:
-    """Runs the loss without gradients in evaluation mode; module modes, random state and buffers are put back."""
-
-    def __init__(self, loss_of: LossOf, model: nn.Module) -> None:
-        self._loss_of, self._model = loss_of, model
-
-    def __enter__(self) -> _Watch:
-        self._modes = {module: module.training for module in self._model.modules()}
-        self._buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-        self._random = torch.random.fork_rng(devices=devices)
-        self._random.__enter__()
-        self._tap = AuxiliaryTap(self._model)
-        self._model.eval()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._tap.remove()
-        for module, training in self._modes.items():
-            module.training = training
-        with torch.no_grad():
-            for buffer, kept in self._buffers:
-                buffer.copy_(kept)
-        self._random.__exit__(*error)
-
-    def see(self, inputs: Inputs) -> Seen:
-        """Return the loss of one batch."""
-        copy = {key: value.clone() if isinstance(value, Tensor) else value for key, value in inputs.items()}
-        with torch.no_grad(), LossTap() as tap:
-            loss = float(self._loss_of(copy))
-        auxiliary = {kind: float(value) for kind, value in self._tap.take().items()}
-        return Seen(loss=loss, calls=tap.calls, auxiliary=auxiliary)
-
-
-def _from_calls(watch: _Watch, batch: Inputs, precise: float) -> LossForm | None:
+def _from_calls(watch: LossWatch, batch: Inputs, precise: float) -> LossForm | None:
     """Return the form that torch's own loss functions show; None where they do not make up the loss."""
     variants = list(vary_labels(batch))
     seen = [watch.see(variant) for variant in variants]
@@ -169,7 +125,7 @@ def _explain_rest(rest: Sequence[float], seen: Sequence[Seen], precise: float) -
     return ("mean", ((kind, found[0]),)) if spread <= 100 * precise * abs(found[0]) else (None, ())
 
 
-def _from_labels(watch: _Watch, batch: Inputs, precise: float) -> LossForm | None:
+def _from_labels(watch: LossWatch, batch: Inputs, precise: float) -> LossForm | None:
     """Return the rule under which some labels and some others give the loss of both."""
     parts = split_labels(batch)
     if parts is None:
@@ -181,25 +137,63 @@ def _from_labels(watch: _Watch, batch: Inputs, precise: float) -> LossForm | Non
     return None
 
 
-def _from_parts(watch: _Watch, trials: Sequence[Parts], precise: float) -> LossForm:
-    """Return the rule under which the parts of a batch give the whole."""
+def _from_parts(watch: LossWatch, trials: Sequence[Parts], precise: float, coefficients: Sequence[float]) -> LossForm:
+    """Return the rule under which the parts of a batch give the whole, and no other rule does.
+
+    The smallest trained tensors are stirred meanwhile: at its start a preference run has the same loss for every pair,
+    and every count would explain that.
+    """
     if not trials:
         raise InseparableLoss(
             reason="one row is not enough to see what the loss averages over",
             advice="give a dataset that can be indexed, or two sequences in the first micro-batch",
         )
-    for parts in trials:
-        seen = [watch.see(part) for part in parts]
-        for rule in (ROWS, *(rule for rule in list_rules(parts.whole) if rule != ROWS)):
-            if _fits(rule, parts, seen, precise):
-                return LossForm(rule=rule)
-        if abs(seen[1].loss + seen[2].loss - seen[0].loss) <= precise * abs(seen[0].loss):
-            return LossForm(rule=ROWS, reduction="sum")
+    told_apart = False
+    with stirred(watch.model):
+        for parts in trials:
+            seen = watch.see_parts(parts)
+            if seen is None:
+                continue
+            fitting, informative = _fitting_forms(parts, seen, precise, coefficients)
+            told_apart |= informative
+            if informative and fitting:
+                return fitting[0]
     raise InseparableLoss(
-        reason="no count makes the loss of a batch the weighted mean of its parts' losses",
-        advice="in-batch negatives: brim.accumulate_contrastive; a KL baseline or batch statistics: keep the micro-batch "
-        "at the whole batch",
+        reason="no count makes the loss of a batch the weighted mean of its parts' losses"
+        if told_apart else "its parts are too alike to tell what it averages over",
+        advice="in-batch negatives: brim.accumulate_contrastive; a KL baseline, batch statistics or a sum of means "
+        "over different things: keep the micro-batch at the whole batch",
     )  # fmt: skip
+
+
+def _fitting_forms(
+    parts: Parts, seen: Sequence[Seen], precise: float, coefficients: Sequence[float]
+) -> tuple[list[LossForm], bool]:
+    """Return the forms that give the whole, and whether all others miss it by far more than the noise."""
+    forms = list(_list_forms(parts, seen, coefficients))
+    noise = precise * max(abs(seen[0].loss), 1e-3)
+    distances = [_distance(form, parts, seen) for form in forms]
+    fitting = [form for form, distance in zip(forms, distances, strict=True) if distance <= noise]
+    alike = {_share(form, parts) for form in fitting}
+    others = [d for form, d in zip(forms, distances, strict=True) if _share(form, parts) not in alike]
+    return fitting, len(alike) <= 1 and len(others) > 0 and min(others) > 5 * noise
+
+
+def _list_forms(parts: Parts, seen: Sequence[Seen], coefficients: Sequence[float]) -> Iterator[LossForm]:
+    """Yield every form that a loss made out of sight may have, without auxiliary parts first."""
+    rules = (ROWS, *(rule for rule in list_rules(parts.whole) if rule != ROWS))
+    kinds = {kind for one in seen for kind, value in one.auxiliary.items() if value}
+    for auxiliary in ((), *(((kind, value),) for kind in kinds for value in dict.fromkeys(coefficients))):
+        for rule in rules:
+            yield LossForm(rule=rule, auxiliary=auxiliary)
+    yield LossForm(rule=ROWS, reduction="sum")
+
+
+def _share(form: LossForm, parts: Parts) -> float:
+    """Return the weight of the first part: forms that weigh alike are the same to a trial."""
+    counts = [int(form.rule.count(part)) for part in parts[1:]]
+    share = -1.0 if form.reduction == "sum" else counts[0] / max(sum(counts), 1)
+    return share + sum(10 * coefficient for _, coefficient in form.auxiliary)
 
 
 def _fits(rule: CountingRule, parts: Parts, seen: Sequence[Seen], precise: float) -> bool:
@@ -222,15 +216,14 @@ def _auxiliary(form: LossForm, seen: Seen) -> float:
 
 
 def _confirm(
-    watch: _Watch, form: LossForm, trials: Sequence[Parts], precise: float, coefficients: Sequence[float]
+    watch: LossWatch, form: LossForm, trials: Sequence[Parts], precise: float, coefficients: Sequence[float]
 ) -> LossForm:
     """Return the form once the parts of a batch give the whole; auxiliary coefficients are found on the way."""
     form = replace(form, auxiliary=tuple((kind, _round_to(value, coefficients)) for kind, value in form.auxiliary))
     nearest = float("inf")
     for parts in trials:
-        try:
-            seen = [watch.see(part) for part in parts]
-        except (RuntimeError, ValueError, IndexError, KeyError):  # rows that cannot be cut this way
+        seen = watch.see_parts(parts)
+        if seen is None:
             continue
         found = form if form.auxiliary else _add_auxiliary(form, parts, seen, precise, coefficients)
         distance = _distance(found, parts, seen) / max(abs(seen[0].loss), 1e-3)

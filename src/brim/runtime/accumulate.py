@@ -113,6 +113,7 @@ def _split(batch: Inputs | Sequence[Inputs], size: int | None) -> list[Inputs]:
 
 def _cut(batch: Inputs, rows: int, start: int, stop: int) -> Inputs:
     """Return some rows of a batch; what has another first dimension is no per-row input and stays whole."""
+
     def cut(value: Any) -> Any:
         per_row = isinstance(value, Tensor) and value.dim() and value.shape[0] == rows
         return value[start:stop] if per_row else value

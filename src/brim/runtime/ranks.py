@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 
 
-def gather_numbers(numbers: Sequence[float], device: torch.device | str = "cpu", group: Any = None) -> list[list[float]]:
+def gather_numbers(
+    numbers: Sequence[float], device: torch.device | str = "cpu", group: Any = None
+) -> list[list[float]]:
     """Return the numbers of every rank, in rank order; only one's own without a process group.
 
     Args:

@@ -21,7 +21,7 @@ class ExactAccumulation:
     `get_batch_samples` counts the window that it fetched; `compute_loss` asks the trainer for the plain mean of a
     micro-batch and weights it; `training_step` runs backward from that, whatever its release divides by.
 
-    Leaves out: context and sequence parallelism, where a rank sees a part of each row (refused); DataParallel (refused).
+    Leaves out: context and sequence parallelism, where a rank sees a part of each row, and DataParallel: refused.
     """
 
     _form: LossForm | None = None

@@ -80,7 +80,9 @@ def _refuse_split_rows(trainer: Any) -> None:
     for kind in ("cp", "sp"):
         size = getattr(trainer, f"get_{kind}_size", lambda: 1)()
         if size > 1:
-            raise InvalidInput(f"{kind} over {size} ranks splits each row, and guard cannot count a part; use exact=False")
+            raise InvalidInput(
+                f"{kind} over {size} ranks splits each row, and guard cannot count a part; use exact=False"
+            )
 
 
 def _collate_parts(trainer: Any) -> Iterator[Parts]:
@@ -92,7 +94,8 @@ def _collate_parts(trainer: Any) -> Iterator[Parts]:
         return
     with torch.random.fork_rng(devices=[]):
         rows = [dataset[index] for index in range(min(_NUM_SAMPLES, len(dataset)))]
-        yield Parts(*(collate(copy.deepcopy(part)) for part in (rows, rows[:1], rows[1:])))
+        for cut in dict.fromkeys((1, len(rows) // 2)):
+            yield Parts(*(collate(copy.deepcopy(part)) for part in (rows, rows[:cut], rows[cut:])))
 
 
 @contextmanager

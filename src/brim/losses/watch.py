@@ -1,0 +1,95 @@
+"""Watching a loss without touching the model: no gradient, and modes, buffers and random state put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from brim.losses.form import AuxiliaryTap
+from brim.losses.tap import LossCall, LossTap
+from brim.losses.views import Inputs, Parts
+
+LossOf = Callable[[Inputs], Tensor]
+_STIRRED_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """One loss and what was seen of its making."""
+
+    loss: float
+    calls: Sequence[LossCall] = ()
+    auxiliary: dict[str, float] = field(default_factory=dict)
+
+
+class LossWatch:
+    """Runs the loss without gradients in evaluation mode; module modes, random state and buffers are put back."""
+
+    def __init__(self, loss_of: LossOf, model: nn.Module) -> None:
+        self._loss_of, self.model = loss_of, model
+
+    def __enter__(self) -> LossWatch:
+        self._modes = {module: module.training for module in self.model.modules()}
+        self._buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+        self._random = torch.random.fork_rng(devices=devices)
+        self._random.__enter__()
+        self._tap = AuxiliaryTap(self.model)
+        self.model.eval()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._tap.remove()
+        for module, training in self._modes.items():
+            module.training = training
+        with torch.no_grad():
+            for buffer, kept in self._buffers:
+                buffer.copy_(kept)
+        self._random.__exit__(*error)
+
+    def see(self, inputs: Inputs) -> Seen:
+        """Return the loss of one batch."""
+        copy = {key: value.clone() if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        with torch.no_grad(), LossTap() as tap:
+            loss = float(self._loss_of(copy))
+        auxiliary = {kind: float(value) for kind, value in self._tap.take().items()}
+        return Seen(loss=loss, calls=tap.calls, auxiliary=auxiliary)
+
+    def see_parts(self, parts: Parts) -> list[Seen] | None:
+        """Return the losses of a batch and its parts; None where its rows cannot be cut this way."""
+        try:
+            seen = [self.see(part) for part in parts]
+        except (RuntimeError, ValueError, IndexError, KeyError, TypeError):
+            return None
+        return seen if all(isfinite(one.loss) for one in seen) else None
+
+
+@contextmanager
+def stirred(model: nn.Module, most_bytes: int = _STIRRED_BYTES) -> Iterator[None]:
+    """Change the smallest trained tensors while entered, and put them back to the bit.
+
+    Args:
+        model: the module; a sharded one is changed alike on every rank.
+        most_bytes: what the kept copies may take.
+    """
+    kept: list[tuple[Tensor, Tensor]] = []
+    trained = sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: p.numel())
+    with torch.no_grad():
+        for parameter in trained:
+            most_bytes -= parameter.numel() * parameter.element_size()
+            if most_bytes < 0 and kept:
+                break
+            kept.append((parameter, parameter.detach().clone()))
+            parameter.mul_(3).add_(0.02)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, before in kept:
+                parameter.copy_(before)
