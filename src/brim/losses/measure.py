@@ -104,7 +104,9 @@ def _explain(seen: Sequence[Seen], precise: float) -> tuple[Any, tuple[tuple[str
         "mean": (lambda calls: sum(call.value for call in calls)),
         "mean of means": (lambda calls: sum(call.value for call in calls) / len(calls)),
         "sum": (lambda calls: sum(call.value * call.num_terms for call in calls)),
-        "pooled": (lambda calls: sum(call.value * call.num_terms for call in calls) / sum(c.num_terms for c in calls)),
+        "pooled": (
+            lambda calls: sum(call.value * call.num_terms for call in calls) / max(sum(c.num_terms for c in calls), 1)
+        ),
     }
     for name, made_of in sums.items():
         rest = [one.loss - made_of(one.calls) for one in seen]

@@ -83,12 +83,14 @@ def _relabel(inputs: Inputs, change: Any) -> dict[str, Any]:
 
 def _set_first(labels: Tensor, *, rows: int, dropped: int) -> Tensor:
     """Make position 0 of some rows a target and a few others none, so that every rule counts another number."""
-    counted = labels.ne(IGNORED)
     if labels.dim() == 1:
         if len(labels) > dropped:
             labels[:dropped] = IGNORED
         return labels
-    value = labels[counted][0] if counted.any() else 0
+    value = labels[labels.ne(IGNORED)][0] if labels.ne(IGNORED).any() else 0
+    if labels.ne(IGNORED).sum() < 2 * dropped + 2:  # hardly a target: make some
+        labels[0] = value
+    counted = labels.ne(IGNORED)
     for row in range(labels.shape[0]):
         places = counted[row].nonzero().flatten().tolist() if labels.dim() == 2 else []
         spare = [place for place in places if place][:dropped]

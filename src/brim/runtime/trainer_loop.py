@@ -14,6 +14,7 @@ from torch import Tensor
 from brim.errors import InvalidInput
 from brim.losses.form import LossForm
 from brim.losses.measure import measure_form
+from brim.losses.rules import list_rules
 from brim.losses.views import Parts
 from brim.runtime.ranks import share_from_first
 
@@ -62,7 +63,7 @@ def measure_trainer(trainer: Any, batches: Sequence[Mapping[str, Any]]) -> LossF
     _refuse_split_rows(trainer)
     whole = next(iter(parts.whole for parts in _collate_parts(trainer)), None)
     if whole is None:
-        whole = share_from_first(batches[0] if batches else None)
+        whole = share_from_first(max(batches, key=_count_targets, default=None))
     if whole is None:
         raise InvalidInput("the first window of rank 0 has no micro-batch; nothing to measure the loss on")
 
@@ -74,6 +75,10 @@ def measure_trainer(trainer: Any, batches: Sequence[Mapping[str, Any]]) -> LossF
         return measure_form(
             loss_of, trainer.model, whole, parts=_collate_parts(trainer), coefficients=list_coefficients(trainer)
         )
+
+
+def _count_targets(inputs: Mapping[str, Any]) -> int:
+    return max((int(rule.count(inputs)) for rule in list_rules(inputs)), default=0)
 
 
 def _refuse_split_rows(trainer: Any) -> None:

@@ -1,0 +1,156 @@
+"""Name what is wrong with an accumulated gradient, from the weight that each micro-batch got in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+_CLOSE = 2e-3
+"""Relative difference within which a factor is taken for a number such as k; fits of fp32 gradients are good to 1e-5."""
+
+NOT_DIVIDED = "not divided by the accumulation steps"
+DIVIDED_TWICE = "divided twice by the accumulation steps"
+RANK_FACTOR = "rank factor forgotten or applied twice"
+MEAN_OF_MEANS = "mean of means: every micro-batch weighs the same, whatever it counts"
+WRONG_COUNT = "wrong count"
+BY_SEQUENCES = "weighted by sequences, not by what the loss counts"
+PARTIAL_WINDOW = "partial window divided by the configured number of micro-batches"
+DROPPED = "micro-batches dropped"
+TAIL_DROPPED = "tail dropped: the last partial window is not stepped"
+TAIL_LEAKS = "tail leaks: the last partial window is added to the next one"
+AUXILIARY = "auxiliary loss scaled wrongly"
+CLIPPED = "clipped before accumulation: each micro-batch is clipped on its own"
+NOT_SEPARABLE = "not separable: no weighting of micro-batches gives this gradient"
+PADDING = "padding, not accumulation: a padded batch differs from its sequences run alone"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """One optimizer step, taken apart."""
+
+    found: Tensor
+    """The gradient that the loop stepped with."""
+    means: Sequence[Tensor]
+    """Gradient of each micro-batch's own mean loss, auxiliary parts left out."""
+    counts: Sequence[int]
+    """What each of them averages over, by the measured rule."""
+    rows: Sequence[int]
+    """Sequences of each micro-batch."""
+    auxiliary: Sequence[Tensor] = ()
+    """Gradient of each micro-batch's auxiliary part; none if the loss has none."""
+    accumulation_steps: int
+    """Micro-batches per rank that the loop was told to accumulate."""
+    num_ranks: int = 1
+    """Data-parallel ranks."""
+    other_counts: Mapping[str, int] = field(default_factory=dict)
+    """What other rules count in the whole window, by name."""
+
+
+def name_cause(evidence: Evidence) -> str:
+    """Return what is wrong with a gradient, in one line; it must differ from the truth.
+
+    The gradient is written as a sum of the micro-batches' own gradients (least squares); the weights tell the bug.
+    """
+    weights, auxiliary, residual = _solve(evidence)
+    if residual > _CLOSE:
+        return NOT_SEPARABLE
+    labelled = [index for index, count in enumerate(evidence.counts) if count]
+    total = sum(evidence.counts)
+    ratios = [weights[index] * total / evidence.counts[index] for index in labelled]
+    cause = next(_name_weights(evidence, weights, labelled, ratios), None)
+    if cause is not None:
+        return cause
+    if auxiliary is not None and not _near(auxiliary * len(evidence.means), 1.0):
+        factor = auxiliary * len(evidence.means)
+        return f"{AUXILIARY}: {factor:.4g} times its weight{_explain_factor(factor, evidence)}"
+    if _clips(evidence, weights, labelled):
+        return CLIPPED
+    return f"micro-batches weigh {', '.join(f'{ratio:.4g}' for ratio in ratios)} times what they should"
+
+
+def _solve(evidence: Evidence) -> tuple[list[float], float | None, float]:
+    """Return the weight of each micro-batch's mean and of the auxiliary parts' sum, and what they leave over."""
+    basis = list(evidence.means)
+    if len(evidence.auxiliary):
+        basis.append(torch.stack(list(evidence.auxiliary)).sum(0))
+    used = [index for index, vector in enumerate(basis) if float(vector.norm())]
+    matrix = torch.stack([basis[index] for index in used], dim=1)
+    solved = torch.linalg.lstsq(matrix, evidence.found.unsqueeze(1), driver="gelsd").solution.squeeze(1)
+    residual = float((matrix @ solved - evidence.found).norm() / max(float(evidence.found.norm()), 1e-30))
+    weights = [0.0] * len(basis)
+    for index, value in zip(used, solved.tolist(), strict=True):
+        weights[index] = value
+    return weights[: len(evidence.means)], (weights[-1] if len(evidence.auxiliary) else None), residual
+
+
+def _name_weights(
+    evidence: Evidence, weights: Sequence[float], labelled: Sequence[int], ratios: Sequence[float]
+) -> Iterator[str]:
+    """Yield the names that the weights fit, the surest first."""
+    if len(labelled) > 1 and any(abs(ratio) < _CLOSE for ratio in ratios):
+        missing = sum(abs(ratio) < _CLOSE for ratio in ratios)
+        yield f"{DROPPED}: {missing} of {len(ratios)} have no part in the step"
+    factor = _one_number(ratios)
+    if factor is not None:
+        if not _near(factor, 1.0):
+            yield _name_factor(factor, evidence)
+        return  # the weights are right: it is not the mean that is wrong
+    means = _one_number([weights[index] * len(evidence.means) for index in labelled])
+    if means is not None:
+        yield MEAN_OF_MEANS + ("" if _near(means, 1.0) else f", and {_name_factor(means, evidence)}")
+    rows = sum(evidence.rows)
+    by_rows = _one_number([weights[index] * rows / evidence.rows[index] for index in labelled])
+    if by_rows is not None:
+        yield BY_SEQUENCES + ("" if _near(by_rows, 1.0) else f", and {_name_factor(by_rows, evidence)}")
+
+
+def _name_factor(factor: float, evidence: Evidence) -> str:
+    """Return what multiplies a gradient whose direction is right."""
+    steps, ranks = evidence.accumulation_steps, evidence.num_ranks
+    here = len(evidence.means) / ranks
+    known = {
+        NOT_DIVIDED: (here, steps),
+        DIVIDED_TWICE: (1 / here, 1 / steps),
+        PARTIAL_WINDOW: (here / steps,),
+        f"{RANK_FACTOR} ({ranks} ranks)": (ranks, 1 / ranks),
+        f"{NOT_DIVIDED}, and {RANK_FACTOR} ({ranks} ranks)": (here * ranks, steps * ranks),
+        f"{DIVIDED_TWICE}, and {RANK_FACTOR} ({ranks} ranks)": (1 / (here * ranks), ranks / here),
+    }
+    for name, values in known.items():
+        if any(_near(factor, value) and not _near(value, 1.0) for value in values):
+            return f"{name} (gradient x {factor:.4g})"
+    total = sum(evidence.counts)
+    for name, count in evidence.other_counts.items():
+        if count and _near(factor, total / count, close=2e-4):
+            return f"{WRONG_COUNT}: divided by {count} ({name}) where the loss has {total} terms (x {factor:.4g})"
+    return f"scaled by {factor:.4g}"
+
+
+def _explain_factor(factor: float, evidence: Evidence) -> str:
+    name = _name_factor(factor, evidence)
+    return "" if name.startswith("scaled") else f", {name}"
+
+
+def _clips(evidence: Evidence, weights: Sequence[float], labelled: Sequence[int]) -> bool:
+    """Return whether the largest micro-batches were cut to one norm, and the others left as they are."""
+    total = sum(evidence.counts)
+    sizes = [abs(weights[index]) * float(evidence.means[index].norm()) for index in labelled]
+    ratios = [weights[index] * total / evidence.counts[index] for index in labelled]
+    limit = max(sizes)
+    cut = [_near(size, limit, close=2e-2) for size in sizes]
+    return sum(cut) > 1 and all(cut[i] or _near(ratios[i], max(ratios), close=2e-2) for i in range(len(cut)))
+
+
+def _one_number(values: Sequence[float]) -> float | None:
+    """Return the number that all values are; None if they differ."""
+    if not values:
+        return None
+    middle = sum(values) / len(values)
+    return middle if all(_near(value, middle) for value in values) else None
+
+
+def _near(value: float, wanted: float, close: float = _CLOSE) -> bool:
+    return abs(value - wanted) <= close * abs(wanted)

@@ -1,0 +1,53 @@
+"""Gradients as one vector: captured inside `optimizer.step()`, or made by plain autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class CaptureOptimizer(torch.optim.SGD):
+    """Keeps what it is given to step with and moves no weight: every optimizer step sees the same model.
+
+    Norms are not clipped away: clip with a limit that is never reached.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(list(parameters), lr=0.0)
+        self.captured: list[Tensor] = []
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Keep the gradients of all parameters as one fp64 vector."""
+        loss = None if closure is None else closure()
+        self.captured.append(flatten(parameter for group in self.param_groups for parameter in group["params"]))
+        return loss
+
+
+def flatten(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return the gradients of parameters as one fp64 vector on the host; 0 where there is none, shards gathered."""
+    parts = []
+    for parameter in parameters:
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        whole = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        parts.append(whole.detach().flatten().to("cpu", torch.float64))
+    return torch.cat(parts)
+
+
+def differentiate(model: nn.Module, loss_of: Callable[[nn.Module, Mapping[str, Any]], Tensor], inputs: Any) -> Tensor:
+    """Return the gradient of one loss by plain autograd; the model's own gradients are left empty."""
+    model.zero_grad(set_to_none=True)
+    loss = loss_of(model, inputs)
+    if torch.isfinite(loss):
+        loss.backward()
+    found = flatten(parameter for parameter in model.parameters() if parameter.requires_grad)
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def relative_error(found: Tensor, truth: Tensor) -> float:
+    """Return the norm of the difference over the norm of the truth, over all parameters together."""
+    size = float(truth.norm())
+    return float((found - truth).norm()) / size if size else float(found.norm())

@@ -1,0 +1,81 @@
+"""What a proof of accumulation says."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+FP32_LIMIT = 1e-5
+"""Relative error above which fp32 accumulation is not exact; splits of one batch agree to 5e-7 (noise floor)."""
+BF16_NORM_LIMIT, BF16_ANGLE_LIMIT = 2e-3, 3e-4
+"""Limits in bf16 for |norm ratio - 1| and 1 - cosine: four to five times the worst difference measured between exact
+splits. Source: docs/exactness.md, tolerances."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitResult:
+    """One optimizer step of one way to split the batch."""
+
+    micro_batch_size: int
+    """Sequences per rank per forward."""
+    gradient_accumulation_steps: int
+    """Micro-batches that the loop was told to accumulate."""
+    num_ranks: int
+    """Data-parallel ranks."""
+    window: int
+    """Which optimizer step, from 0; the last one is partial."""
+    num_micro_batches: int
+    """Micro-batches that it really had, all ranks together."""
+    error: float
+    """Norm of the difference to the truth over the norm of the truth."""
+    norm_ratio: float
+    """Norm of the gradient over the norm of the truth."""
+    cosine: float
+    """Cosine of the angle between the two."""
+    cause: str = ""
+    """What is wrong; empty if nothing is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccumulationReport:
+    """Whether accumulating micro-batches gives the big batch's gradient, and what is wrong where it does not."""
+
+    subject: str
+    """Model class and what trains it."""
+    loss: str
+    """What the loss averages over, as measured."""
+    precision: str
+    """`fp32` or `bf16`."""
+    splits: tuple[SplitResult, ...]
+    """Each split of the batch, window by window."""
+    padding_error: float = 0.0
+    """How far the padded big batch is from its sequences run alone: not accumulation."""
+    batch_error: float = 0.0
+    """How far the one-batch gradient is from what micro-batches define, where an auxiliary loss is not linear."""
+    causes: tuple[str, ...] = ()
+    """The named causes, each once, the first split's first."""
+    fix: str = ""
+    """The line that makes it exact; empty if it is."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Packages that ran."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether every split is within the limits of its precision."""
+        return not self.causes
+
+    @property
+    def worst(self) -> SplitResult:
+        """The split that is furthest from the truth."""
+        return max(self.splits, key=lambda split: split.error)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the report as JSON-able values, `exact` among them."""
+        return {"exact": self.exact, **asdict(self)}
+
+
+def is_exact(error: float, norm_ratio: float, cosine: float, precision: str) -> bool:
+    """Return whether a gradient is the truth within the limits of a precision."""
+    if precision == "fp32":
+        return error <= FP32_LIMIT
+    return abs(norm_ratio - 1) <= BF16_NORM_LIMIT and 1 - cosine <= BF16_ANGLE_LIMIT

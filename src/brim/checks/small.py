@@ -1,0 +1,115 @@
+"""A small copy of the user's model class: the same code path, a few layers, on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from brim.errors import ProbeFailed
+
+_SMALL_ENOUGH = 30_000_000
+"""Parameters of a model that is verified as it is."""
+_WIDTHS: dict[str, int] = {
+    "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "encoder_layers": 2, "decoder_layers": 2,
+    "num_decoder_layers": 2, "encoder_num_hidden_layers": 2, "depth": 2,
+    "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim": 32, "embed_dim": 32, "embedding_size": 32,
+    "word_embed_proj_dim": 32, "intermediate_size": 64, "ffn_dim": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+    "d_ff": 64, "n_inner": 64, "hidden_dim": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "head_dim": 8, "d_kv": 8, "kv_lora_rank": 16, "q_lora_rank": 16,
+    "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_head_dim": 16,
+    "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+    "topk_group": 1, "state_size": 8, "image_size": 32, "patch_size": 8,
+}  # fmt: skip
+"""Values of a small model by the config's key: consistent with each other, and small enough for one core."""
+_KEY_VALUE_HEADS = ("num_key_value_heads", "multi_query_group_num", "num_kv_heads")
+_NESTED = ("text_config", "vision_config", "encoder", "decoder", "audio_config", "llm_config")
+_PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers", "sliding_window_pattern")
+_DROPOUTS = ("drop", "layerdrop", "mask_time_prob", "mask_feature_prob", "jitter")
+
+
+def shrink_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of a model of the same class with about two narrow layers and no dropout.
+
+    Grouped heads stay grouped, patterns of layers keep their first two, the vocabulary stays, since the user's tokens
+    index it.
+
+    Args:
+        config: as `config.json` has it.
+    """
+    small = copy.deepcopy(dict(config))
+    for key, value in config.items():
+        if key in _NESTED and isinstance(value, Mapping):
+            small[key] = shrink_config(value)
+        elif _is_number(value) and any(word in key for word in _DROPOUTS):
+            small[key] = 0.0
+        elif _is_number(value) and key in _WIDTHS:
+            small[key] = min(int(value), _WIDTHS[key]) if value else value
+        elif key in _PER_LAYER and isinstance(value, list):
+            small[key] = value[:2]
+    return _fit_heads(config, small)
+
+
+def _fit_heads(config: Mapping[str, Any], small: dict[str, Any]) -> dict[str, Any]:
+    heads = next((config[key] for key in ("num_attention_heads", "n_head", "num_heads") if config.get(key)), None)
+    for key in _KEY_VALUE_HEADS:
+        if _is_number(config.get(key)):
+            grouped = heads is not None and config[key] < heads
+            small[key] = (1 if config[key] == 1 else 2) if grouped else 4
+    if _is_number(small.get("max_position_embeddings")):
+        small["max_position_embeddings"] = max(min(int(small["max_position_embeddings"]), 512), 128)
+    return small
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def shrink_model(model: nn.Module) -> nn.Module:
+    """Return a small CPU copy of a model of transformers or PEFT, dropout off; the model's own copy if it is small.
+
+    Raises:
+        ProbeFailed: the class cannot be built from a smaller config.
+    """
+    if sum(parameter.numel() for parameter in model.parameters()) <= _SMALL_ENOUGH:
+        return quiet(copy.deepcopy(model).to("cpu", torch.float32))
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = getattr(base, "config", None)
+    if config is None:
+        raise ProbeFailed(f"{type(model).__name__} has no config to build a small copy from; pass a small model")
+    small = build_small(type(base), config.to_dict(), type(config))
+    if base is not model:
+        from peft import get_peft_model
+
+        small = get_peft_model(small, copy.deepcopy(next(iter(model.peft_config.values()))))
+    return quiet(small)
+
+
+def build_small(kind: type, config: Mapping[str, Any], config_class: Any) -> nn.Module:
+    """Return a small model of a class with random weights.
+
+    Args:
+        kind: a model class of transformers.
+        config: as `config.json` has it.
+        config_class: its config's class.
+    """
+    torch.manual_seed(0)
+    try:
+        return quiet(kind(config_class.from_dict(shrink_config(config))).to(torch.float32))
+    except Exception as error:
+        raise ProbeFailed(
+            f"{kind.__name__} cannot be built small: {type(error).__name__}: {' '.join(str(error).split())[:200]}; "
+            "give a small config of it"
+        ) from error
+
+
+def quiet(model: nn.Module) -> nn.Module:
+    """Return the model with dropout off: what is random differs between any two runs."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    return model

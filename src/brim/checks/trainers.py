@@ -1,0 +1,209 @@
+"""Subjects that a Hugging Face trainer trains: stock or guarded, yours or built here."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from brim.checks.accumulation import WINDOW, Split, Subject
+from brim.checks.gradients import CaptureOptimizer
+from brim.checks.small import quiet, shrink_model
+from brim.errors import InvalidInput
+
+_PACKAGES = ("torch", "transformers", "accelerate", "trl", "peft", "lightning")
+_NEVER_CLIPS = 1e30
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef", "aux_loss_alpha")
+FIX = "trainer = brim.guard(trainer)"
+
+
+def read_trainer(
+    make_trainer: Callable[[], Any], *, prepare: Callable[[Any], Any] | None = None, num_ranks: int = 1,
+    shrink: bool = True,
+) -> Subject:  # fmt: skip
+    """Return what a trainer trains as a subject: its own class, collator and dataset.
+
+    Args:
+        make_trainer: returns a trainer as the user's script makes it; called once for each split.
+        prepare: what is done to each trainer before it trains, such as `brim.guard`.
+        num_ranks: data-parallel ranks; this process is one of them.
+        shrink: whether the model is replaced by a small copy of its class.
+
+    Raises:
+        InvalidInput: no trainer, or a dataset with too few sequences.
+    """
+    first = _made(make_trainer)
+    model = shrink_model(first.model) if shrink else quiet(first.model)
+    rows = pick_rows(first.train_dataset, num_ranks)
+    first.model = model
+    collate = _collator(first)
+
+    def run(split: Split) -> list[Tensor]:
+        trainer = _set_up(_made(make_trainer), copy.deepcopy(model), rows, split)
+        prepared = trainer if prepare is None else prepare(trainer)
+        with _quietly():
+            prepared.train()
+        return trainer.optimizer_of_brim.captured
+
+    return Subject(
+        name=f"{_name_model(model)} under {type(first).__name__}", model=model, rows=rows, collate=collate,
+        loss_of=lambda module, inputs: _plain_loss(first, module, inputs), run=run, fix=FIX, num_ranks=num_ranks,
+        coefficients=tuple(list_coefficients(first)), versions=list_versions(),
+    )  # fmt: skip
+
+
+def pick_rows(dataset: Any, num_ranks: int) -> list[Any]:
+    """Return a full and a partial window of a dataset, the sequences that differ most in length among the first 256.
+
+    Equal counts would hide that means are averaged. Under several ranks the partial window is a multiple of them, since
+    loaders fill it up with repeated sequences otherwise.
+    """
+    partial = 3 if num_ranks == 1 else 4 if num_ranks <= 4 else num_ranks
+    wanted = WINDOW + partial
+    rows = _first_rows(dataset, 256)
+    if len(rows) < wanted:
+        raise InvalidInput(f"verify needs {wanted} sequences to fill a whole and a partial window, not {len(rows)}")
+    order = sorted(range(len(rows)), key=lambda index: _count_targets(rows[index]))
+    places = [order[round(step * (len(order) - 1) / (wanted - 1))] for step in range(wanted)]
+    places = [places[(5 * step) % wanted] for step in range(wanted)] if wanted % 5 else places
+    return [rows[place] for place in places]
+
+
+def list_coefficients(trainer: Any) -> list[float]:
+    """Return the coefficients of auxiliary losses that a trainer and its model's config declare."""
+    config = getattr(trainer.model, "config", None)
+    found = [getattr(place, name, None) for place in (trainer, config) for name in _COEFFICIENTS]
+    return [float(value) for value in found if isinstance(value, (int, float)) and value]
+
+
+def list_versions() -> tuple[tuple[str, str], ...]:
+    """Return the releases of the packages that take part."""
+    found = []
+    for package in _PACKAGES:
+        try:
+            found.append((package, version(package)))
+        except PackageNotFoundError:
+            continue
+    return tuple(found)
+
+
+def _made(make_trainer: Callable[[], Any]) -> Any:
+    import transformers
+
+    with _quietly():
+        trainer = make_trainer()
+    if not isinstance(trainer, transformers.Trainer):
+        raise InvalidInput(f"the factory must return a transformers.Trainer, not {type(trainer).__name__}")
+    return trainer
+
+
+def _first_rows(dataset: Any, most: int) -> list[Any]:
+    if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__getitem__"):
+        return [row for _, row in zip(range(most), dataset, strict=False)]
+    return [dataset[index] for index in range(min(most, len(dataset)))]
+
+
+def _count_targets(row: Any) -> int:
+    """Return how many targets a sequence has, or how long it is."""
+    if not isinstance(row, Mapping):
+        return 0
+    labels = row.get("labels")
+    if isinstance(labels, (list, tuple)) or (isinstance(labels, Tensor) and labels.dim()):
+        return int(torch.as_tensor(labels).ne(-100).sum())
+    sized = [len(value) for value in row.values() if isinstance(value, (list, tuple, str)) or _has_rows(value)]
+    return max(sized, default=0)
+
+
+def _has_rows(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _collator(trainer: Any) -> Callable[[list[Any]], Mapping[str, Any]]:
+    """Return the collator as the trainer's own loader uses it, columns that the model does not take removed."""
+    loader = trainer.get_train_dataloader()
+    collate = loader.collate_fn
+    return lambda rows: trainer._prepare_inputs(dict(collate(copy.deepcopy(rows))))
+
+
+def _plain_loss(trainer: Any, model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    with trainer.compute_loss_context_manager():
+        return trainer.compute_loss(model, {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()})
+
+
+class _Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return copy.deepcopy(self._rows[index])
+
+
+class _Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self._rows = rows
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(copy.deepcopy(list(self._rows)))
+
+
+def _set_up(trainer: Any, model: Any, rows: Sequence[Any], split: Split) -> Any:
+    """Return a trainer that trains one epoch of the rows in order and keeps the gradient of each step."""
+    streams = isinstance(trainer.train_dataset, torch.utils.data.IterableDataset)
+    trainer.train_dataset = _Stream(rows) if streams else _Rows(rows)
+    trainer.model = trainer.model_wrapped = model.train()
+    optimizer = CaptureOptimizer(parameter for parameter in model.parameters() if parameter.requires_grad)
+    trainer.optimizer, trainer.optimizer_of_brim = optimizer, optimizer
+    trainer.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    trainer._get_train_sampler = lambda *_, **__: torch.utils.data.SequentialSampler(trainer.train_dataset)
+    _set_arguments(trainer, split, steps=-(-len(rows) // WINDOW))
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ != "DefaultFlowCallback":
+            trainer.remove_callback(callback)
+    return trainer
+
+
+def _set_arguments(trainer: Any, split: Split, *, steps: int) -> None:
+    arguments = trainer.args
+    values = {
+        "per_device_train_batch_size": split.micro_batch_size, "auto_find_batch_size": False, "max_steps": steps,
+        "gradient_accumulation_steps": split.accumulation_steps, "max_grad_norm": _NEVER_CLIPS,
+        "eval_strategy": "no", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
+        "output_dir": os.path.join(tempfile.gettempdir(), "brim-verify"), "dataloader_drop_last": False,
+        "group_by_length": False, "train_sampling_strategy": "random",
+    }  # fmt: skip
+    for name, value in values.items():
+        if hasattr(arguments, name):
+            object.__setattr__(arguments, name, value)
+    trainer.create_accelerator_and_postprocess()  # some releases tell accelerate how many steps to divide by
+    trainer._train_batch_size = split.micro_batch_size
+    trainer.state.train_batch_size = split.micro_batch_size
+
+
+def _name_model(model: Any) -> str:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapper = f"{type(model).__name__} of " if base is not model else ""
+    return wrapper + type(base).__name__
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep a trainer's own messages out of the report."""
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
