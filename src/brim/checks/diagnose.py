@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 _CLOSE = 2e-3
-"""Relative difference within which a factor is taken for a number such as k; fits of fp32 gradients are good to 1e-5."""
+"""Relative difference within which a factor is taken for a number such as k; fits in fp32 are good to 1e-5."""
 
 NOT_DIVIDED = "not divided by the accumulation steps"
 DIVIDED_TWICE = "divided twice by the accumulation steps"
@@ -71,6 +72,11 @@ def name_cause(evidence: Evidence) -> str:
     return f"micro-batches weigh {', '.join(f'{ratio:.4g}' for ratio in ratios)} times what they should"
 
 
+def without_numbers(cause: str) -> str:
+    """Return the name of a cause without what differs between splits."""
+    return re.sub(r" \((?:gradient )?x [^)]*\)", "", cause)
+
+
 def _solve(evidence: Evidence) -> tuple[list[float], float | None, float]:
     """Return the weight of each micro-batch's mean and of the auxiliary parts' sum, and what they leave over."""
     basis = list(evidence.means)
@@ -100,11 +106,15 @@ def _name_weights(
         return  # the weights are right: it is not the mean that is wrong
     means = _one_number([weights[index] * len(evidence.means) for index in labelled])
     if means is not None:
-        yield MEAN_OF_MEANS + ("" if _near(means, 1.0) else f", and {_name_factor(means, evidence)}")
+        yield _with_factor(means, evidence, MEAN_OF_MEANS)
     rows = sum(evidence.rows)
     by_rows = _one_number([weights[index] * rows / evidence.rows[index] for index in labelled])
     if by_rows is not None:
-        yield BY_SEQUENCES + ("" if _near(by_rows, 1.0) else f", and {_name_factor(by_rows, evidence)}")
+        yield _with_factor(by_rows, evidence, BY_SEQUENCES)
+
+
+def _with_factor(factor: float, evidence: Evidence, name: str) -> str:
+    return name if _near(factor, 1.0) else f"{_name_factor(factor, evidence)}, and {name}"
 
 
 def _name_factor(factor: float, evidence: Evidence) -> str:
@@ -112,9 +122,9 @@ def _name_factor(factor: float, evidence: Evidence) -> str:
     steps, ranks = evidence.accumulation_steps, evidence.num_ranks
     here = len(evidence.means) / ranks
     known = {
+        PARTIAL_WINDOW: (here / steps,),
         NOT_DIVIDED: (here, steps),
         DIVIDED_TWICE: (1 / here, 1 / steps),
-        PARTIAL_WINDOW: (here / steps,),
         f"{RANK_FACTOR} ({ranks} ranks)": (ranks, 1 / ranks),
         f"{NOT_DIVIDED}, and {RANK_FACTOR} ({ranks} ranks)": (here * ranks, steps * ranks),
         f"{DIVIDED_TWICE}, and {RANK_FACTOR} ({ranks} ranks)": (1 / (here * ranks), ranks / here),

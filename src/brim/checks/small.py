@@ -24,6 +24,7 @@ _WIDTHS: dict[str, int] = {
     "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_head_dim": 16,
     "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
     "topk_group": 1, "state_size": 8, "image_size": 32, "patch_size": 8,
+    "max_source_positions": 64, "max_target_positions": 128,
 }  # fmt: skip
 """Values of a small model by the config's key: consistent with each other, and small enough for one core."""
 _KEY_VALUE_HEADS = ("num_key_value_heads", "multi_query_group_num", "num_kv_heads")
@@ -32,19 +33,21 @@ _PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_la
 _DROPOUTS = ("drop", "layerdrop", "mask_time_prob", "mask_feature_prob", "jitter")
 
 
-def shrink_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def shrink_config(config: Mapping[str, Any], vocabulary: int | None = None) -> dict[str, Any]:
     """Return the config of a model of the same class with about two narrow layers and no dropout.
 
-    Grouped heads stay grouped, patterns of layers keep their first two, the vocabulary stays, since the user's tokens
-    index it.
+    Grouped heads stay grouped, patterns of layers keep their first two.
 
     Args:
         config: as `config.json` has it.
+        vocabulary: tokens of the small model; as many as the config says if None, since the user's data index them.
     """
     small = copy.deepcopy(dict(config))
     for key, value in config.items():
         if key in _NESTED and isinstance(value, Mapping):
-            small[key] = shrink_config(value)
+            small[key] = shrink_config(value, vocabulary)
+        elif vocabulary is not None and _is_number(value) and _is_token(key):
+            small[key] = vocabulary if key.endswith("vocab_size") else min(int(value), vocabulary - 1)
         elif _is_number(value) and any(word in key for word in _DROPOUTS):
             small[key] = 0.0
         elif _is_number(value) and key in _WIDTHS:
@@ -60,9 +63,20 @@ def _fit_heads(config: Mapping[str, Any], small: dict[str, Any]) -> dict[str, An
         if _is_number(config.get(key)):
             grouped = heads is not None and config[key] < heads
             small[key] = (1 if config[key] == 1 else 2) if grouped else 4
+    if small.get("is_encoder_decoder") and small.get("decoder_start_token_id") is None:
+        small["decoder_start_token_id"] = small.get("pad_token_id") or 0
+    for key in ("rope_parameters", "rope_scaling"):
+        if isinstance(small.get(key), dict) and small[key].get("mrope_section"):
+            half = small.get("head_dim") or small.get("hidden_size", 32) // small.get("num_attention_heads", 4)
+            small[key] = {**small[key], "mrope_section": [half // 2 - 2, 1, 1]}
     if _is_number(small.get("max_position_embeddings")):
         small["max_position_embeddings"] = max(min(int(small["max_position_embeddings"]), 512), 128)
     return small
+
+
+def _is_token(key: str) -> bool:
+    """Return whether a key of a config counts tokens or names one."""
+    return key.endswith(("vocab_size", "token_id", "token_index", "token_ids"))
 
 
 def _is_number(value: object) -> bool:
@@ -89,17 +103,18 @@ def shrink_model(model: nn.Module) -> nn.Module:
     return quiet(small)
 
 
-def build_small(kind: type, config: Mapping[str, Any], config_class: Any) -> nn.Module:
+def build_small(kind: type, config: Mapping[str, Any], config_class: Any, vocabulary: int | None = None) -> nn.Module:
     """Return a small model of a class with random weights.
 
     Args:
         kind: a model class of transformers.
         config: as `config.json` has it.
         config_class: its config's class.
+        vocabulary: tokens of the small model; the config's if None.
     """
     torch.manual_seed(0)
     try:
-        return quiet(kind(config_class.from_dict(shrink_config(config))).to(torch.float32))
+        return quiet(kind(config_class.from_dict(shrink_config(config, vocabulary))).to(torch.float32))
     except Exception as error:
         raise ProbeFailed(
             f"{kind.__name__} cannot be built small: {type(error).__name__}: {' '.join(str(error).split())[:200]}; "

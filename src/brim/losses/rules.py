@@ -12,7 +12,7 @@ from torch import Tensor
 IGNORED = -100
 """Label that no loss counts. Source: torch.nn.functional.cross_entropy, `ignore_index`."""
 
-_TARGETS = ("label", "target", "positions")
+_TARGETS = ("label", "target")
 _MASKS = ("completion_mask", "loss_mask", "shift_loss_mask")
 _ROWS = ("labels", "input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
 
