@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from brim.cost.ledger import Estimate
 from brim.errors import MissingExtra, ProbeFailed
+from brim.probes.pieces import Piece
 from brim.probes.stream import Traced, read_estimate
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
@@ -49,8 +50,9 @@ def trace(
     Raises:
         MissingExtra: torch is not installed. ProbeFailed: the step does not run, or is of a kind not traced yet.
     """
-    traced = trace_step(workload, strategy, build_model, make_inputs, fold=fold, lengths=lengths)
-    return read_estimate(workload, strategy, traced)
+    with quiet():
+        traced = trace_step(workload, strategy, build_model, make_inputs, fold=fold, lengths=lengths)
+        return read_estimate(workload, strategy, traced)
 
 
 def trace_step(
@@ -63,12 +65,12 @@ def trace_step(
     except ModuleNotFoundError as error:
         raise MissingExtra(package=error.name or "torch", extra="trace", purpose="--by trace") from None
     refuse_untraced(workload, strategy)
-    with _quiet():
+    with quiet():
         return _trace_quietly(workload, strategy, build_model, make_inputs, fold, tuple(lengths))
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep libraries from warning about a model that is never used, and the garbage collector from what was there.
 
     The libraries are hundreds of thousands of objects; going over them again and again takes as long as the trace.
@@ -102,7 +104,7 @@ def _trace_quietly(
         if found is not None:
             return found
     tracker, _ = follow_step(workload, strategy, build_model, make_inputs, lengths=lengths)
-    return Traced(tracker.events, tracker.storages, list_notes(tracker), paged_bytes(tracker.storages))
+    return Traced([Piece(tracker.events)], tracker.storages, list_notes(tracker), paged_bytes(tracker.storages))
 
 
 def _trace_folded(
@@ -120,7 +122,7 @@ def _trace_folded(
         tracker, pattern = follow_step(workload, strategy, build_model, make_inputs, fold=True, lengths=lengths)
     except ProbeFailed:
         return None
-    stream = unfold(tracker.events, tracker.storages, pattern) if pattern else (tracker.events, tracker.storages)
+    stream = unfold(tracker.events, tracker.storages, pattern) if pattern else ([Piece(tracker.events)], tracker.storages)
     if stream is None:
         return None
     folded = [f"{pattern.kept} of {pattern.num_layers} layers were run, alike ones repeated"] if pattern else []
