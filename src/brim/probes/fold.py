@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 
 from brim.probes.model import find_layers
-from brim.probes.phases import END_OF_STEP
 from brim.probes.pieces import STRIDE, Event, Piece, repeat_events, split_steps
 from brim.probes.tracker import Storage
 
