@@ -215,8 +215,6 @@ class StorageTracker(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and self._scalar is not None:
             known = self.read_scalar(args[0]) if self.read_scalar is not None else None
             return self._answer_scalar(args[0]) if known is None else known
-        if func is torch.ops.aten._unsafe_view.default:
-            func = torch.ops.aten.view.default  # the same tensor; fake mode's cache knows only this one
         self._sums = None
         result = func(*args, **(kwargs or {}))
         self._follow_result(func, args, result)
