@@ -18,6 +18,7 @@ import torch
 
 from brim.probes.fold import Pattern, find_pattern, fold_layers, unfold
 from brim.probes.follow import follow_step
+from brim.probes.pieces import write_out
 from brim.probes.trace import trace
 from brim.spec.recipe import Engine, Quantization
 from real_steps import Case
@@ -84,8 +85,9 @@ def test_events_of_the_unfolded_stream_are_those_of_the_whole() -> None:
     unfolded = unfold(tracker.events, tracker.storages, pattern)
     assert unfolded is not None
     whole, _ = follow_step(case.workload, case.strategy, case.build)
-    assert [event[1:] for event in unfolded[0]] == [event[1:] for event in _in_order_of_layers(whole)]
-    assert all(unfolded[1][event.key].num_bytes <= event.num_bytes for event in unfolded[0] if event.num_bytes > 0)
+    events = list(write_out(unfolded[0]))
+    assert [event[1:] for event in events] == [event[1:] for event in _in_order_of_layers(whole)]
+    assert all(unfolded[1][event.key].num_bytes <= event.num_bytes for event in events if event.num_bytes > 0)
 
 
 def _in_order_of_layers(tracker):  # type: ignore[no-untyped-def]
@@ -136,4 +138,4 @@ def test_depth_costs_no_time_in_proportion() -> None:
     tracker, pattern = follow_step(case.workload, case.strategy, case.build, fold=True)
     assert pattern is not None
     stream = unfold(tracker.events, tracker.storages, pattern)
-    assert stream is not None and len(stream[0]) > 8 * len(tracker.events)
+    assert stream is not None and len(list(write_out(stream[0]))) > 8 * len(tracker.events)

@@ -13,9 +13,10 @@ pytest.importorskip("peft")
 from brim.cost.ledger import Ledger
 from brim.cost.timeline import find_peak, list_spans
 from brim.probes.follow import follow_step
+from brim.probes.pieces import Event
 from brim.probes.timeline import STACKED_ROWS, read_timeline
 from brim.probes.trace import trace
-from brim.probes.tracker import Event, Storage
+from brim.probes.tracker import Storage
 from real_steps import Case
 
 

@@ -45,8 +45,8 @@ def solved(case: Case) -> Solved:
 def test_a_solved_micro_batch_is_the_traced_one_to_the_byte(case: Case, solved: Solved) -> None:
     whole, known = trace_at(case, 5), solved.trace_at(5)
     assert [event[1:] for event in known.events] == [event[1:] for event in whole.events]
-    assert list_moments(known.events, known.storages) == list_moments(whole.events, whole.storages)
-    assert replay(known.events) == replay(whole.events)
+    assert list_moments(known.pieces, known.storages) == list_moments(whole.pieces, whole.storages)
+    assert replay(known.pieces) == replay(whole.pieces)
 
 
 def test_the_largest_within_a_budget_just_fits(solved: Solved) -> None:
@@ -58,4 +58,4 @@ def test_the_largest_within_a_budget_just_fits(solved: Solved) -> None:
 
 def test_streams_that_differ_in_more_than_sizes_are_not_solved(case: Case) -> None:
     small, large = (trace_at(case, size) for size in SOLVED_AT)
-    assert solve(small, replace(large, events=large.events[:-1])) is None
+    assert solve(small, replace(large, pieces=large.pieces[:-1])) is None

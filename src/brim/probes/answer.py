@@ -22,7 +22,7 @@ from brim.probes.rows import shares_rows
 from brim.probes.solve import SOLVED_AT, Solved, solve
 from brim.probes.stream import Traced, list_moments, read_estimate
 from brim.probes.timeline import read_timeline
-from brim.probes.trace import trace_step
+from brim.probes.trace import quiet, trace_step
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
 
@@ -71,7 +71,7 @@ class _Probe:
             return None
         if (key, found is None) not in self.peaks:
             traced = found or known.trace_at(strategy.micro_batch_size)  # type: ignore[union-attr]
-            moments = list_moments(traced.events, traced.storages)
+            moments = list_moments(traced.pieces, traced.storages)
             self.peaks[key, found is None] = max(moments, key=lambda one: one.total_bytes)
         return self.peaks[key, found is None]
 
@@ -118,7 +118,8 @@ def answer_by_trace(
         return formula.moment(workload, strategy) if found is None else found.name
 
     def estimate(workload: Workload, strategy: Strategy) -> Estimate:
-        found = read_estimate(workload, strategy, probe.follow(workload, strategy))
+        with quiet():
+            found = read_estimate(workload, strategy, probe.follow(workload, strategy))
         if not _is_known(workload):
             return found
         return replace(found, step_time=step_time(workload, strategy), notes=(*found.notes, "step time by formula"))

@@ -11,7 +11,6 @@ Leaves out: that the vector of norms, which clipping stacks, grows by 4 bytes pe
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,14 +18,12 @@ from typing import Any, NamedTuple
 import torch
 
 from brim.probes.model import find_layers
-from brim.probes.phases import END_OF_STEP
-from brim.probes.tracker import Event, Storage
+from brim.probes.pieces import STRIDE, Event, Piece, repeat_events, split_steps
+from brim.probes.tracker import Storage
 
 _KEPT = 4
 """Repeats that run: the first, two inner ones that are compared, the last."""
 _LONGEST_PATTERN = 12
-_STRIDE = 1 << 32
-"""Storages of a repeat that was left out are numbered this far from those of the repeat that stands for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +158,7 @@ def _describe(layer: torch.nn.Module) -> str:
 
 def unfold(
     events: Sequence[Event], storages: Mapping[int, Storage], pattern: Pattern
-) -> tuple[list[Event], dict[int, Storage]] | None:
+) -> tuple[list[Piece], dict[int, Storage]] | None:
     """Return the stream of the whole model from that of four repeats; None if the inner repeats differ.
 
     Storages of repeats that were left out are those of the repeat that stands for them, under numbers of their own.
@@ -179,18 +176,14 @@ def unfold(
     for index, run in enumerate(runs):
         if run.unit == pattern.middle and not _inner_repeat(runs, index, places):
             return None
-    unfolded = _emit(runs, places, storages, pattern)
-    return None if _leaks(unfolded[0]) and not _leaks(events) else unfolded
+    pieces = _emit(runs, places, pattern)
+    return None if _leaks(pieces) and not _leaks([Piece(events)]) else (pieces, Repeated(storages))
 
 
-def _leaks(events: Sequence[Event]) -> bool:
+def _leaks(pieces: Sequence[Piece]) -> bool:
     """Whether a step leaves more behind than the one before: in a stream unfolded right, only what the model leaves."""
-    total, ends = 0, []
-    for _, num_bytes, phase, _ in events:
-        total += num_bytes
-        if not num_bytes and phase == END_OF_STEP:
-            ends.append(total)
-    return len(set(ends)) > 1
+    left = [sum(piece.num_bytes * len(piece.repeats) for piece in step) for step in split_steps(pieces)]
+    return any(left[1:-1])
 
 
 def _free_graph(events: list[Event], owners: Mapping[int, int]) -> list[Event]:
@@ -285,82 +278,65 @@ def _describe_run(run: _Run, places: Mapping[int, Place]) -> Iterator[tuple[Any,
     """Yield the events of a run as seen from its unit: storages of other units by distance."""
     for event in run.events:
         place = places[event.key]
-        if place.unit < 0:
-            yield event.num_bytes, event.phase, place, 0
-        else:
-            yield event.num_bytes, event.phase, (place.sweep, place.ordinal), place.unit - run.unit
+        yield event.num_bytes, event.phase, (place.sweep, place.ordinal), place.unit - run.unit
 
 
 class Repeated(dict[int, Storage]):
     """What the numbers of a stream stand for; those of repeats left out are described by the middle's own."""
 
     def __missing__(self, key: int) -> Storage:
-        return self[key % _STRIDE]
+        return self[key % STRIDE]
 
 
-def _emit(
-    runs: list[_Run], places: Mapping[int, Place], storages: Mapping[int, Storage], pattern: Pattern
-) -> tuple[list[Event], dict[int, Storage]]:
-    """Write the runs down, the middle one once for itself and once for each repeat that was left out.
+def _emit(runs: list[_Run], places: Mapping[int, Place], pattern: Pattern) -> list[Piece]:
+    """Write the runs down, the middle one once for itself and once for the repeats that were left out.
 
     A storage's number is that of the run it stands in, plus a stride for each repeat its unit lies behind the middle.
     """
-    middle, missing = pattern.middle, pattern.missing
+    middle = pattern.middle
     twins = {place: key for key, place in places.items() if place.unit == middle}
-    made: list[Event] = []
-    collects = gc.isenabled()
-    gc.disable()  # a hundred thousand tuples in one list are no garbage, however often they are looked at
-    try:
-        for index, run in enumerate(runs):
-            if run.unit != middle:
-                made += [_shifted(event, places, run.unit, pattern) for event in run.events]
-                continue
-            seen = [_seen_from_middle(event, places, middle, twins) for event in run.events]
-            behind = range(missing + 1)
-            for offset in behind if runs[index + 1].unit > middle else reversed(behind):
-                made += _stand_in(seen, offset, missing, middle)
-    finally:
-        if collects:
-            gc.enable()
-    return made, Repeated(storages)
+    pieces: list[Piece] = []
+    alone: list[Event] = []
+    for index, run in enumerate(runs):
+        if run.unit != middle:
+            alone += [_shifted(event, places, run.unit, pattern) for event in run.events]
+            continue
+        seen = [_seen_from_middle(event, places, middle, twins) for event in run.events]
+        near, far = (_end(run.events, seen, repeat, pattern) for repeat in (0, pattern.missing))
+        inner = range(1, pattern.missing)
+        if runs[index + 1].unit < middle:
+            near, far, inner = far, near, inner[::-1]
+        alone += near
+        if inner:
+            pieces += Piece(alone), repeat_events(seen, inner)
+            alone = []
+        alone += far
+    return [*pieces, Piece(alone)]
 
 
-class _Seen(NamedTuple):
-    """An event of the middle unit as any repeat has it."""
+def _seen_from_middle(event: Event, places: Mapping[int, Place], middle: int, twins: Mapping[Place, int]) -> Event:
+    """Return an event of the middle unit with a number that any repeat's own is a stride for each repeat off.
 
-    event: Event
-    number: int
-    """The middle's own storage in that place, a stride off for each unit of distance; the storage itself outside."""
-    stride: int
-    """What the number grows by from repeat to repeat."""
-
-
-def _seen_from_middle(event: Event, places: Mapping[int, Place], middle: int, twins: Mapping[Place, int]) -> _Seen:
+    That is the number of the middle's own storage in that place, a stride off for each unit of distance.
+    """
     place = places[event.key]
-    if place.unit < 0:
-        return _Seen(event, event.key, 0)
-    return _Seen(event, twins[place._replace(unit=middle)] + (place.unit - middle) * _STRIDE, _STRIDE)
+    number = twins[place._replace(unit=middle)] + (place.unit - middle) * STRIDE
+    return Event(number, event.num_bytes, event.phase, middle if event.layer >= 0 else -1)
 
 
-def _stand_in(seen: Sequence[_Seen], offset: int, missing: int, middle: int) -> list[Event]:
-    """Return the middle unit's events as the repeat `offset` behind it has them; neighbours at the ends are real."""
-    layer, new = middle + offset, tuple.__new__
-    if 0 < offset < missing:
-        return [
-            new(Event, (number + offset * stride, num_bytes, phase, layer if own >= 0 else -1))
-            for (_, num_bytes, phase, own), number, stride in seen
-        ]
-    events = []
-    for (key, num_bytes, phase, own), number, stride in seen:
-        number += offset * stride
-        inside = not stride or 0 <= number < (missing + 1) * _STRIDE
-        events.append(Event(number if inside else key, num_bytes, phase, layer if own >= 0 else -1))
-    return events
+def _end(events: Sequence[Event], seen: Sequence[Event], repeat: int, pattern: Pattern) -> list[Event]:
+    """Return the middle unit's events as the first or last of the repeats has them: neighbours at the ends are real."""
+    made = []
+    for event, (number, num_bytes, phase, layer) in zip(events, seen, strict=True):
+        number += repeat * STRIDE
+        inside = 0 <= number < (pattern.missing + 1) * STRIDE
+        made.append(Event(number if inside else event.key, num_bytes, phase, layer + repeat if layer >= 0 else -1))
+    return made
 
 
 def _shifted(event: Event, places: Mapping[int, Place], unit: int, pattern: Pattern) -> Event:
     """Return an event outside the middle: what it touches of the middle is of the repeat nearest to it."""
     layer = event.layer + pattern.missing if event.layer > pattern.middle else event.layer
     if event.key >= 0 and places[event.key].unit == pattern.middle and unit > pattern.middle:
-        return Event(event.key + pattern.missing * _STRIDE, event.num_bytes, event.phase, layer)
+        return Event(event.key + pattern.missing * STRIDE, event.num_bytes, event.phase, layer)
     return event._replace(layer=layer)

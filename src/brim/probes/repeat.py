@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from brim.probes.tracker import Event, StorageTracker
+from brim.probes.pieces import Event
+from brim.probes.tracker import StorageTracker
 
 
 class Gradient(NamedTuple):

@@ -6,14 +6,15 @@ row rules out); the plan's own micro-batch is traced by itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from brim.cost.ledger import Moment
 from brim.probes.phases import UNCOUNTED
+from brim.probes.pieces import STRIDE, Event, Piece
 from brim.probes.stream import Traced, list_moments
-from brim.probes.tracker import BLOCK_BYTES, Event
+from brim.probes.tracker import BLOCK_BYTES
 
 SOLVED_AT = (2, 3)
 """Micro-batches that are traced; a single sequence is a case of its own (copies that expansion avoids)."""
@@ -33,19 +34,15 @@ class _Line(NamedTuple):
 class Solved:
     """The stream of a strategy for every micro-batch of at least two sequences."""
 
-    events: Sequence[Event]
     traced: Traced
-    """The smaller of the two, for what its storages are."""
+    """The smaller of the two."""
     lines: dict[int, _Line]
+    """How each storage grows; those of repeats that were left out grow as those of the repeat that stands for them."""
 
     def trace_at(self, micro_batch_size: int) -> Traced:
         """Return the stream at a micro-batch size."""
         sizes = {key: _rounded(line.at(micro_batch_size)) for key, line in self.lines.items()}
-        events = [
-            Event(key, 0 if not num_bytes else sizes[key] if num_bytes > 0 else -sizes[key], phase, layer)
-            for key, num_bytes, phase, layer in self.events
-        ]
-        return replace(self.traced, events=events)
+        return replace(self.traced, pieces=[_resize(piece, sizes) for piece in self.traced.pieces])
 
     def peak_bytes(self, micro_batch_size: int) -> int:
         """Return the most bytes allocated at a micro-batch size."""
@@ -54,7 +51,7 @@ class Solved:
     def peak(self, micro_batch_size: int) -> Moment:
         """Return the moment of the peak at a micro-batch size."""
         traced = self.trace_at(micro_batch_size)
-        return max(list_moments(traced.events, traced.storages), key=lambda moment: moment.total_bytes)
+        return max(list_moments(traced.pieces, traced.storages), key=lambda moment: moment.total_bytes)
 
     def largest_within(self, budget_bytes: int) -> int:
         """Return the largest micro-batch whose peak is within a budget, 0 if none is.
@@ -64,10 +61,11 @@ class Solved:
         """
         fixed = slope = 0
         most: int | None = None
-        for key, num_bytes, phase, _ in self.events:
+        for key, num_bytes, phase, _ in self.traced.events:
             if num_bytes:
                 sign = 1 if num_bytes > 0 else -1
-                fixed, slope = fixed + sign * self.lines[key].fixed, slope + sign * self.lines[key].per_sequence
+                line = self.lines[key % STRIDE]
+                fixed, slope = fixed + sign * line.fixed, slope + sign * line.per_sequence
             if phase not in UNCOUNTED and slope > 0:
                 bound = (budget_bytes - fixed) // slope
                 most = bound if most is None else min(most, bound)
@@ -81,20 +79,36 @@ class Solved:
 
 def solve(small: Traced, large: Traced, sizes: tuple[int, int] = SOLVED_AT) -> Solved | None:
     """Return the stream for any micro-batch from those of two; None if they differ in more than sizes."""
-    if len(small.events) != len(large.events):
+    if [_outline(piece) for piece in small.pieces] != [_outline(piece) for piece in large.pieces]:
         return None
     lines: dict[int, _Line] = {}
-    for one, other in zip(small.events, large.events, strict=True):
-        if (one.key, one.phase, one.layer, one.num_bytes > 0) != (other.key, other.phase, other.layer,
-                                                                  other.num_bytes > 0):  # fmt: skip
-            return None
+    for one in (event for piece in small.pieces for event in piece.events):
         if one.num_bytes > 0:
-            first, second = small.storages[one.key].num_bytes, large.storages[one.key].num_bytes
+            key = one.key % STRIDE
+            first, second = small.storages[key].num_bytes, large.storages[key].num_bytes
             slope, rest = divmod(second - first, sizes[1] - sizes[0])
             if rest:
                 return None
-            lines[one.key] = _Line(first - slope * sizes[0], slope)
-    return Solved(small.events, small, lines)
+            lines[key] = _Line(first - slope * sizes[0], slope)
+    return Solved(small, lines)
+
+
+def _outline(piece: Piece) -> tuple[object, ...]:
+    """Return everything about a piece but sizes."""
+    events = [(event.key, event.phase, event.layer, event.num_bytes > 0) for event in piece.events]
+    return piece.repeats, events
+
+
+def _resize(piece: Piece, sizes: Mapping[int, int]) -> Piece:
+    """Return a piece with other sizes of its storages."""
+    return replace(piece, events=[_resized(event, sizes) for event in piece.events])
+
+
+def _resized(event: Event, sizes: Mapping[int, int]) -> Event:
+    if not event.num_bytes:
+        return event
+    size = sizes[event.key % STRIDE]
+    return event._replace(num_bytes=size if event.num_bytes > 0 else -size)
 
 
 def _rounded(num_bytes: int) -> int:

@@ -13,7 +13,8 @@ from brim.cost.timeline import Point, Timeline
 from brim.probes.phases import END_OF_STEP
 
 if TYPE_CHECKING:
-    from brim.probes.tracker import Event, Storage
+    from brim.probes.pieces import Event
+    from brim.probes.tracker import Storage
 
 # What lives longest lies lowest, so that the drawing's steps are those of what comes and goes.
 STACKED_ROWS = {

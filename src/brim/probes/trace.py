@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from brim.cost.ledger import Estimate
 from brim.errors import MissingExtra, ProbeFailed
+from brim.probes.pieces import Piece
 from brim.probes.stream import Traced, read_estimate
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from brim.probes.fold import Pattern
     from brim.probes.inputs import MakeInputs
     from brim.probes.model import BuildModel
-    from brim.probes.tracker import Storage
+    from brim.probes.tracker import Storage, StorageTracker
 
 
 def trace(
@@ -49,8 +50,9 @@ def trace(
     Raises:
         MissingExtra: torch is not installed. ProbeFailed: the step does not run, or is of a kind not traced yet.
     """
-    traced = trace_step(workload, strategy, build_model, make_inputs, fold=fold, lengths=lengths)
-    return read_estimate(workload, strategy, traced)
+    with quiet():
+        traced = trace_step(workload, strategy, build_model, make_inputs, fold=fold, lengths=lengths)
+        return read_estimate(workload, strategy, traced)
 
 
 def trace_step(
@@ -63,12 +65,12 @@ def trace_step(
     except ModuleNotFoundError as error:
         raise MissingExtra(package=error.name or "torch", extra="trace", purpose="--by trace") from None
     refuse_untraced(workload, strategy)
-    with _quiet():
+    with quiet():
         return _trace_quietly(workload, strategy, build_model, make_inputs, fold, tuple(lengths))
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep libraries from warning about a model that is never used, and the garbage collector from what was there.
 
     The libraries are hundreds of thousands of objects; going over them again and again takes as long as the trace.
@@ -93,7 +95,7 @@ def _trace_quietly(
     lengths: tuple[int, ...],
 ) -> Traced:  # fmt: skip
     from brim.probes.checkpointing import spans_layers
-    from brim.probes.follow import follow_step, list_notes
+    from brim.probes.follow import follow_step
 
     # Not where layers are tied: by prefixes in one parameter, or by offload that keeps the last five tensors.
     folds = workload.recipe.method != "prefix-tuning" and not spans_layers(strategy, workload.recipe.engine)
@@ -102,7 +104,7 @@ def _trace_quietly(
         if found is not None:
             return found
     tracker, _ = follow_step(workload, strategy, build_model, make_inputs, lengths=lengths)
-    return Traced(tracker.events, tracker.storages, list_notes(tracker), paged_bytes(tracker.storages))
+    return _whole(tracker)
 
 
 def _trace_folded(
@@ -120,11 +122,20 @@ def _trace_folded(
         tracker, pattern = follow_step(workload, strategy, build_model, make_inputs, fold=True, lengths=lengths)
     except ProbeFailed:
         return None
-    stream = unfold(tracker.events, tracker.storages, pattern) if pattern else (tracker.events, tracker.storages)
+    if pattern is None:
+        return _whole(tracker)
+    stream = unfold(tracker.events, tracker.storages, pattern)
     if stream is None:
         return None
-    folded = [f"{pattern.kept} of {pattern.num_layers} layers were run, alike ones repeated"] if pattern else []
-    return Traced(*stream, (*list_notes(tracker), *folded), paged_bytes(tracker.storages, pattern))
+    folded = f"{pattern.kept} of {pattern.num_layers} layers were run, alike ones repeated"
+    return Traced(*stream, (*list_notes(tracker), folded), paged_bytes(tracker.storages, pattern))
+
+
+def _whole(tracker: StorageTracker) -> Traced:
+    """Return the stream of a model whose layers all ran."""
+    from brim.probes.follow import list_notes
+
+    return Traced([Piece(tracker.events)], tracker.storages, list_notes(tracker), paged_bytes(tracker.storages))
 
 
 def paged_bytes(storages: Mapping[int, Storage], pattern: Pattern | None = None) -> int:

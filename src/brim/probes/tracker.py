@@ -13,10 +13,12 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType, FrameType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from brim.probes.pieces import Event
 
 Category = Literal[
     "parameter", "buffer", "gradient", "optimizer_state", "activation", "temporary", "input", "workspace", "paged"
@@ -31,16 +33,6 @@ _LOOP = ("/brim/probes/step.py", "/brim/probes/preferences.py")
 # accumulate), the gradient of indexing (torch/csrc/autograd/FunctionsManual.cpp index_backward).
 _IN_PLACE_IN_ENGINE = (torch.ops.aten.add.Tensor, torch.ops.aten.index_put.default)
 _MODES = ("_python_dispatch.py", "eval_frame.py", "_compile.py")
-
-
-class Event(NamedTuple):
-    """One change of memory: `num_bytes` above 0 allocates a storage, below 0 frees it, 0 only begins a phase."""
-
-    key: int
-    num_bytes: int
-    phase: str
-    layer: int = -1
-    """Which of the repeated layers ran; -1 outside of them."""
 
 
 @dataclass(slots=True)

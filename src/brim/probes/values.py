@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, in_kernel_invocation_manager
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,6 +33,9 @@ _UNWRITTEN = (
     _aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default,
     _aten.new_empty_strided.default,
 )  # fmt: skip
+_VIEWS = frozenset((
+    _aten.view.default, _aten._unsafe_view.default, _aten.t.default, _aten.transpose.int, _aten.detach.default,
+))  # fmt: skip
 _CTC_LOSSES = (_aten._ctc_loss.default, _aten._ctc_loss.Tensor)
 _DTYPES = (torch.int64, torch.int32, torch.bool, torch.uint8, torch.int16, torch.int8)
 
@@ -139,6 +142,8 @@ class KnownValues(TorchDispatchMode):
 
     def _run_unknown(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Something that depends on weights: only what is constant, or elected, is known."""
+        if func in _VIEWS and args[0].constant is None:
+            return _view(func, args)
         if _is_mutable(func):
             return self._run_in_place(func, args, kwargs)
         if func in _CTC_LOSSES:
@@ -262,6 +267,14 @@ _ELECTIONS: dict[Any, tuple[int, int]] = {
 
 _TOLD = frozenset((*_FILLED, _aten.full_like.default, *_ELECTIONS))
 """Operators whose results are known though what they are given is not."""
+
+
+def _view(func: Any, args: Any) -> FakeTensor:
+    """Return a view as fake mode makes it, without what it looks up first: half of a step's operators are views."""
+    mode = args[0].fake_mode
+    with in_kernel_invocation_manager(mode):
+        made = func(*args)
+    return FakeTensor(mode, made, args[0].fake_device)
 
 
 @functools.cache
