@@ -130,12 +130,17 @@ class _Truth:
     def mean_gradient(self, window: range, split: Split) -> Tensor:
         """Return the gradient of a window: sequences alone for the mean, micro-batches for auxiliary parts."""
         alone = [self.gradient_of(row, row + 1) for row in window]
-        total = sum(count for _, _, count in alone)
-        mean = sum((mean * (count / total) for mean, _, count in alone if count), torch.zeros_like(alone[0][0]))
+        shares = self.shares([count for _, _, count in alone])
+        mean = sum((g * share for (g, _, _), share in zip(alone, shares, strict=True)), torch.zeros_like(alone[0][0]))
         if not self.form.auxiliary:
             return mean
         parts = [self.gradient_of(*bounds)[1] for bounds in cut(window, split.micro_batch_size)]
         return mean + torch.stack(parts).mean(0)
+
+    def shares(self, counts: Sequence[int]) -> list[float]:
+        """Return the weight that each of some micro-batches must get."""
+        total = max(sum(counts), 1)
+        return [1.0 if self.form.reduction == "sum" else count / total for count in counts]
 
     def padding_error(self) -> float:
         """Return how far the collated batch is from its sequences run alone."""
@@ -228,13 +233,13 @@ def _find_cause(subject: Subject, truth: _Truth, split: Split, window: range, fo
     whole = subject.collate([subject.rows[row] for row in window])
     gradients = [truth.gradient_of(*piece) for piece in pieces]
     evidence = diagnose.Evidence(
-        found=found, means=[mean for mean, _, _ in gradients], counts=[count for _, _, count in gradients],
-        rows=[stop - start for start, stop in pieces],
+        found=found, means=[mean for mean, _, _ in gradients], shares=truth.shares([n for _, _, n in gradients]),
+        num_terms=sum(count for _, _, count in gradients), rows=[stop - start for start, stop in pieces],
         auxiliary=[part for _, part, _ in gradients] if truth.form.auxiliary else (),
         accumulation_steps=split.accumulation_steps, num_ranks=subject.num_ranks,
         other_counts={str(rule): int(rule.count(whole)) for rule in list_rules(whole)},
     )  # fmt: skip
-    weighted = sum(m * c for m, c in zip(evidence.means, evidence.counts, strict=True)) / max(sum(evidence.counts), 1)
+    weighted = sum(mean * share for mean, share in zip(evidence.means, evidence.shares, strict=True))
     parts = torch.stack(list(evidence.auxiliary)).mean(0) if evidence.auxiliary else 0.0
     if relative_error(found, weighted + parts) <= 1e-5:
         return diagnose.PADDING

@@ -36,8 +36,10 @@ class Evidence:
     """The gradient that the loop stepped with."""
     means: Sequence[Tensor]
     """Gradient of each micro-batch's own mean loss, auxiliary parts left out."""
-    counts: Sequence[int]
-    """What each of them averages over, by the measured rule."""
+    shares: Sequence[float]
+    """The weight that each of them must get: its terms over the window's."""
+    num_terms: int
+    """What the loss averages over in the whole window, by the measured rule."""
     rows: Sequence[int]
     """Sequences of each micro-batch."""
     auxiliary: Sequence[Tensor] = ()
@@ -58,9 +60,8 @@ def name_cause(evidence: Evidence) -> str:
     weights, auxiliary, residual = _solve(evidence)
     if residual > _CLOSE:
         return NOT_SEPARABLE
-    labelled = [index for index, count in enumerate(evidence.counts) if count]
-    total = sum(evidence.counts)
-    ratios = [weights[index] * total / evidence.counts[index] for index in labelled]
+    labelled = [index for index, share in enumerate(evidence.shares) if share]
+    ratios = [weights[index] / evidence.shares[index] for index in labelled]
     cause = next(_name_weights(evidence, weights, labelled, ratios), None)
     if cause is not None:
         return cause
@@ -132,7 +133,7 @@ def _name_factor(factor: float, evidence: Evidence) -> str:
     for name, values in known.items():
         if any(_near(factor, value) and not _near(value, 1.0) for value in values):
             return f"{name} (gradient x {factor:.4g})"
-    total = sum(evidence.counts)
+    total = evidence.num_terms
     for name, count in evidence.other_counts.items():
         if count and _near(factor, total / count, close=2e-4):
             return f"{WRONG_COUNT}: divided by {count} ({name}) where the loss has {total} terms (x {factor:.4g})"
@@ -146,9 +147,8 @@ def _explain_factor(factor: float, evidence: Evidence) -> str:
 
 def _clips(evidence: Evidence, weights: Sequence[float], labelled: Sequence[int]) -> bool:
     """Return whether the largest micro-batches were cut to one norm, and the others left as they are."""
-    total = sum(evidence.counts)
     sizes = [abs(weights[index]) * float(evidence.means[index].norm()) for index in labelled]
-    ratios = [weights[index] * total / evidence.counts[index] for index in labelled]
+    ratios = [weights[index] / evidence.shares[index] for index in labelled]
     limit = max(sizes)
     cut = [_near(size, limit, close=2e-2) for size in sizes]
     return sum(cut) > 1 and all(cut[i] or _near(ratios[i], max(ratios), close=2e-2) for i in range(len(cut)))

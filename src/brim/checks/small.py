@@ -54,10 +54,10 @@ def shrink_config(config: Mapping[str, Any], vocabulary: int | None = None) -> d
             small[key] = min(int(value), _WIDTHS[key]) if value else value
         elif key in _PER_LAYER and isinstance(value, list):
             small[key] = value[:2]
-    return _fit_heads(config, small)
+    return _fit_heads(config, small, vocabulary)
 
 
-def _fit_heads(config: Mapping[str, Any], small: dict[str, Any]) -> dict[str, Any]:
+def _fit_heads(config: Mapping[str, Any], small: dict[str, Any], vocabulary: int | None) -> dict[str, Any]:
     heads = next((config[key] for key in ("num_attention_heads", "n_head", "num_heads") if config.get(key)), None)
     for key in _KEY_VALUE_HEADS:
         if _is_number(config.get(key)):
@@ -65,6 +65,8 @@ def _fit_heads(config: Mapping[str, Any], small: dict[str, Any]) -> dict[str, An
             small[key] = (1 if config[key] == 1 else 2) if grouped else 4
     if small.get("is_encoder_decoder") and small.get("decoder_start_token_id") is None:
         small["decoder_start_token_id"] = small.get("pad_token_id") or 0
+    if vocabulary is not None and "vocab_size" in small and small.get("pad_token_id") is None:
+        small["pad_token_id"] = 0
     for key in ("rope_parameters", "rope_scaling"):
         if isinstance(small.get(key), dict) and small[key].get("mrope_section"):
             half = small.get("head_dim") or small.get("hidden_size", 32) // small.get("num_attention_heads", 4)

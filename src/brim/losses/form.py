@@ -47,6 +47,13 @@ def read_auxiliary(outputs: Any) -> dict[str, Tensor]:
     return found
 
 
+def _push(outputs: Any, kind: str, amount: float) -> None:
+    """Add an amount to the first auxiliary loss of a kind: what the training loss moves by shows its coefficient."""
+    name = next((name for name in outputs if name.endswith(kind) and isinstance(outputs[name], Tensor)), None)
+    if name is not None:
+        outputs[name] = outputs[name] + amount
+
+
 class AuxiliaryTap:
     """Keeps the auxiliary losses of a module's last forward pass, with their graph.
 
@@ -55,11 +62,14 @@ class AuxiliaryTap:
 
     def __init__(self, module: nn.Module) -> None:
         self.parts: dict[str, Tensor] = {}
+        self.push: tuple[str, float] | None = None
         self._handle = module.register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, args: Any, outputs: Any) -> None:
         if torch.is_grad_enabled() or not self.parts:  # a reference pass without gradients does not replace it
             self.parts = read_auxiliary(outputs)
+        if self.push is not None and isinstance(outputs, Mapping):
+            _push(outputs, *self.push)
 
     def take(self) -> dict[str, Tensor]:
         """Return the parts and let go of them, so that no graph outlives its micro-batch."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +17,10 @@ from brim.losses.watch import LossOf, LossWatch, Seen, stirred
 PRECISE, COARSE = 5e-6, 1e-2
 """Relative difference of two losses that are the same number in fp32, and in 16 bit (measured noise floors: 5e-7 and
 6e-3)."""
+
+
+Auxiliary = tuple[tuple[str, float], ...]
+"""Kind and coefficient of each auxiliary loss."""
 
 
 def measure_form(
@@ -43,11 +46,13 @@ def measure_form(
     refuse_batch_norm(model)
     with LossWatch(loss_of, model) as watch:
         precise = PRECISE if _is_precise(model) else COARSE
-        form = _from_calls(watch, batch, precise) or _from_labels(watch, batch, precise)
+        outer = tuple((kind, _round_to(c, coefficients)) for kind, c in watch.outer_coefficients(batch).items())
         trials = [*split_rows(batch), *parts]
+        form = _from_calls(watch, batch, precise, coefficients) or _from_labels(watch, batch, precise, outer)
         if form is None:
-            return _from_parts(watch, trials, precise, coefficients)
-        return _confirm(watch, form, trials, precise, coefficients)
+            return _from_parts(watch, trials, precise, outer)
+        _confirm(watch, form, trials, precise)
+        return form
 
 
 def refuse_batch_norm(model: nn.Module) -> None:
@@ -66,7 +71,7 @@ def _is_precise(model: nn.Module) -> bool:
     return kinds <= {torch.float32, torch.float64} and not autocast
 
 
-def _from_calls(watch: LossWatch, batch: Inputs, precise: float) -> LossForm | None:
+def _from_calls(watch: LossWatch, batch: Inputs, precise: float, coefficients: Sequence[float]) -> LossForm | None:
     """Return the form that torch's own loss functions show; None where they do not make up the loss."""
     variants = list(vary_labels(batch))
     seen = [watch.see(variant) for variant in variants]
@@ -84,6 +89,7 @@ def _from_calls(watch: LossWatch, batch: Inputs, precise: float) -> LossForm | N
         )
     numbers = [found.pop() for found in counts]
     rule = next(_match_rules(variants, numbers, seen), None)
+    auxiliary = tuple((kind, _round_to(value, coefficients)) for kind, value in auxiliary)
     return None if rule is None else LossForm(rule=rule, reduction=reduction, auxiliary=auxiliary)
 
 
@@ -127,19 +133,20 @@ def _explain_rest(rest: Sequence[float], seen: Sequence[Seen], precise: float) -
     return ("mean", ((kind, found[0]),)) if spread <= 100 * precise * abs(found[0]) else (None, ())
 
 
-def _from_labels(watch: LossWatch, batch: Inputs, precise: float) -> LossForm | None:
+def _from_labels(watch: LossWatch, batch: Inputs, precise: float, outer: Auxiliary) -> LossForm | None:
     """Return the rule under which some labels and some others give the loss of both."""
     parts = split_labels(batch)
     if parts is None:
         return None
     seen = [watch.see(part) for part in parts]
     for rule in list_rules(parts.whole):
-        if rule != ROWS and _fits(rule, parts, seen, precise):
-            return LossForm(rule=rule)
+        form = LossForm(rule=rule, auxiliary=outer)
+        if rule != ROWS and _distance(form, parts, seen) <= precise * max(abs(seen[0].loss), 1e-3):
+            return form
     return None
 
 
-def _from_parts(watch: LossWatch, trials: Sequence[Parts], precise: float, coefficients: Sequence[float]) -> LossForm:
+def _from_parts(watch: LossWatch, trials: Sequence[Parts], precise: float, outer: Auxiliary) -> LossForm:
     """Return the rule under which the parts of a batch give the whole, and no other rule does.
 
     The smallest trained tensors are stirred meanwhile: at its start a preference run has the same loss for every pair,
@@ -156,7 +163,7 @@ def _from_parts(watch: LossWatch, trials: Sequence[Parts], precise: float, coeff
             seen = watch.see_parts(parts)
             if seen is None:
                 continue
-            fitting, informative = _fitting_forms(parts, seen, precise, coefficients)
+            fitting, informative = _fitting_forms(parts, seen, precise, outer)
             told_apart |= informative
             if informative and fitting:
                 return fitting[0]
@@ -168,11 +175,11 @@ def _from_parts(watch: LossWatch, trials: Sequence[Parts], precise: float, coeff
     )  # fmt: skip
 
 
-def _fitting_forms(
-    parts: Parts, seen: Sequence[Seen], precise: float, coefficients: Sequence[float]
-) -> tuple[list[LossForm], bool]:
+def _fitting_forms(parts: Parts, seen: Sequence[Seen], precise: float, outer: Auxiliary) -> tuple[list[LossForm], bool]:
     """Return the forms that give the whole, and whether all others miss it by far more than the noise."""
-    forms = list(_list_forms(parts, seen, coefficients))
+    rules = (ROWS, *(rule for rule in list_rules(parts.whole) if rule != ROWS))
+    forms = [LossForm(rule=rule, auxiliary=outer) for rule in rules]
+    forms.append(LossForm(rule=ROWS, reduction="sum", auxiliary=outer))
     noise = precise * max(abs(seen[0].loss), 1e-3)
     distances = [_distance(form, parts, seen) for form in forms]
     fitting = [form for form, distance in zip(forms, distances, strict=True) if distance <= noise]
@@ -181,25 +188,10 @@ def _fitting_forms(
     return fitting, len(alike) <= 1 and len(others) > 0 and min(others) > 5 * noise
 
 
-def _list_forms(parts: Parts, seen: Sequence[Seen], coefficients: Sequence[float]) -> Iterator[LossForm]:
-    """Yield every form that a loss made out of sight may have, without auxiliary parts first."""
-    rules = (ROWS, *(rule for rule in list_rules(parts.whole) if rule != ROWS))
-    kinds = {kind for one in seen for kind, value in one.auxiliary.items() if value}
-    for auxiliary in ((), *(((kind, value),) for kind in kinds for value in dict.fromkeys(coefficients))):
-        for rule in rules:
-            yield LossForm(rule=rule, auxiliary=auxiliary)
-    yield LossForm(rule=ROWS, reduction="sum")
-
-
 def _share(form: LossForm, parts: Parts) -> float:
     """Return the weight of the first part: forms that weigh alike are the same to a trial."""
     counts = [int(form.rule.count(part)) for part in parts[1:]]
-    share = -1.0 if form.reduction == "sum" else counts[0] / max(sum(counts), 1)
-    return share + sum(10 * coefficient for _, coefficient in form.auxiliary)
-
-
-def _fits(rule: CountingRule, parts: Parts, seen: Sequence[Seen], precise: float) -> bool:
-    return _distance(LossForm(rule=rule), parts, seen) <= precise * max(abs(seen[0].loss), 1e-3)
+    return -1.0 if form.reduction == "sum" else counts[0] / max(sum(counts), 1)
 
 
 def _distance(form: LossForm, parts: Parts, seen: Sequence[Seen]) -> float:
@@ -217,42 +209,18 @@ def _auxiliary(form: LossForm, seen: Seen) -> float:
     return sum(coefficient * seen.auxiliary.get(kind, 0.0) for kind, coefficient in form.auxiliary)
 
 
-def _confirm(
-    watch: LossWatch, form: LossForm, trials: Sequence[Parts], precise: float, coefficients: Sequence[float]
-) -> LossForm:
-    """Return the form once the parts of a batch give the whole; auxiliary coefficients are found on the way."""
-    form = replace(form, auxiliary=tuple((kind, _round_to(value, coefficients)) for kind, value in form.auxiliary))
+def _confirm(watch: LossWatch, form: LossForm, trials: Sequence[Parts], precise: float) -> None:
+    """Raise InseparableLoss unless the parts of a batch give the whole, where it can be cut at all."""
     nearest = float("inf")
     for parts in trials:
         seen = watch.see_parts(parts)
-        if seen is None:
-            continue
-        found = form if form.auxiliary else _add_auxiliary(form, parts, seen, precise, coefficients)
-        distance = _distance(found, parts, seen) / max(abs(seen[0].loss), 1e-3)
-        if distance <= precise:
-            return found
-        nearest = min(nearest, distance)
-    if nearest == float("inf"):
-        return form
-    raise InseparableLoss(
-        reason=f"the loss of a batch is {nearest:.1e} off the mean of its parts over {form.rule}",
-        advice="keep the micro-batch at the whole batch, or take the part that looks across sequences out of the loss",
-    )
-
-
-def _add_auxiliary(
-    form: LossForm, parts: Parts, seen: Sequence[Seen], precise: float, coefficients: Sequence[float]
-) -> LossForm:
-    """Return the form with the coefficient of an auxiliary loss that somebody outside the model adds."""
-    kinds = {kind for one in seen for kind, value in one.auxiliary.items() if value}
-    if len(kinds) != 1 or _distance(form, parts, seen) <= precise * abs(seen[0].loss):
-        return form
-    kind = kinds.pop()
-    counts = [int(form.rule.count(part)) for part in parts[1:]]
-    shares = (1.0, *(-count / max(sum(counts), 1) for count in counts))
-    over = sum(share * one.loss for share, one in zip(shares, seen, strict=True))
-    under = sum(share * one.auxiliary[kind] for share, one in zip(shares, seen, strict=True))
-    return replace(form, auxiliary=((kind, _round_to(over / under, coefficients)),)) if under else form
+        if seen is not None:
+            nearest = min(nearest, _distance(form, parts, seen) / max(abs(seen[0].loss), 1e-3))
+    if precise < nearest < float("inf"):
+        raise InseparableLoss(
+            reason=f"the loss of a batch is {nearest:.1e} off the mean of its parts over {form.rule}",
+            advice="keep the micro-batch at the whole batch, or take what looks across sequences out of the loss",
+        )
 
 
 def _round_to(value: float, declared: Sequence[float]) -> float:

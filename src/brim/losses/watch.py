@@ -61,6 +61,15 @@ class LossWatch:
         auxiliary = {kind: float(value) for kind, value in self._tap.take().items()}
         return Seen(loss=loss, calls=tap.calls, auxiliary=auxiliary)
 
+    def outer_coefficients(self, inputs: Inputs) -> dict[str, float]:
+        """Return by how much the loss moves with each auxiliary output: what is added outside the model."""
+        seen, found = self.see(inputs), {}
+        for kind, value in seen.auxiliary.items():
+            self._tap.push = (kind, amount := 1000.0 * max(abs(value), 1.0))
+            found[kind] = (self.see(inputs).loss - seen.loss) / amount
+        self._tap.push = None
+        return {kind: value for kind, value in found.items() if abs(value) > 1e-6}
+
     def see_parts(self, parts: Parts) -> list[Seen] | None:
         """Return the losses of a batch and its parts; None where its rows cannot be cut this way."""
         try:
