@@ -6,8 +6,9 @@ row rules out); the plan's own micro-batch is traced by itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import NamedTuple
 
 from brim.cost.ledger import Moment
@@ -84,7 +85,7 @@ def solve(small: Traced, large: Traced, sizes: tuple[int, int] = SOLVED_AT) -> S
     if len(small.events) != len(large.events):
         return None
     lines: dict[int, _Line] = {}
-    for one, other in zip(small.events, large.events, strict=True):
+    for one, other in zip(_order_frees(small.events), _order_frees(large.events), strict=True):
         if (one.key, one.phase, one.layer, one.num_bytes > 0) != (other.key, other.phase, other.layer,
                                                                   other.num_bytes > 0):  # fmt: skip
             return None
@@ -95,6 +96,13 @@ def solve(small: Traced, large: Traced, sizes: tuple[int, int] = SOLVED_AT) -> S
                 return None
             lines[one.key] = _Line(first - slope * sizes[0], slope)
     return Solved(small.events, small, lines)
+
+
+def _order_frees(events: Sequence[Event]) -> Iterator[Event]:
+    """Yield the stream with frees that follow one another in order of birth: hash maps (autocast's cache) give up their
+    tensors in any order."""
+    for frees, stretch in groupby(events, key=lambda one: one.num_bytes < 0):
+        yield from sorted(stretch, key=lambda one: one.key) if frees else stretch
 
 
 def _rounded(num_bytes: int) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.autograd.graph import get_gradient_edge
 
 from brim.errors import MissingExtra
 from brim.probes.checkpointing import offloads_saved_tensors
@@ -214,8 +215,10 @@ def _micro_batch(step: Step, inputs: Inputs, count: torch.Tensor | None) -> None
             loss = loss / step.strategy.gradient_accumulation_steps
         step.tracker.label_live(started, "activation")
         step.begin(LOSS_BACKWARD)
-        # Not loss.backward(): that would switch function modes off inside.
-        torch.autograd.backward(loss if step.scaler is None else step.scaler.scale(loss))
+        scaled = loss if step.scaler is None else step.scaler.scale(loss)
+        # Not from the tensor: that would switch function modes off inside, and what is recomputed needs them.
+        torch.autograd.backward(get_gradient_edge(scaled))
+        del scaled
     step.kept_loss = loss.detach() if step.loop.keeps_loss else None
     _label_gradients(step)
 
