@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from brim.probes.solve import SOLVED_AT, Solved, solve
+from brim.cost.ledger import Ledger, Moment
+from brim.probes.solve import SOLVED_AT, Solved, extend_moment, solve
 from brim.probes.stream import Traced, list_moments, replay
 from brim.probes.trace import trace_step
 from real_steps import Case
@@ -59,3 +61,21 @@ def test_the_largest_within_a_budget_just_fits(solved: Solved) -> None:
 def test_streams_that_differ_in_more_than_sizes_are_not_solved(case: Case) -> None:
     small, large = (trace_at(case, size) for size in SOLVED_AT)
     assert solve(small, replace(large, events=large.events[:-1])) is None
+
+
+def test_a_moment_on_the_line_through_two() -> None:
+    small, large = (
+        Moment(name="loss", ledger=Ledger(parameters=100, activations=10 * size, temporaries=-3 * size + 9))
+        for size in SOLVED_AT
+    )
+    far = extend_moment(small, large, (7, *SOLVED_AT))
+    assert far == Moment(name="loss", ledger=Ledger(parameters=100, activations=70, temporaries=0))
+
+
+def test_frees_in_any_order_are_the_same_stream() -> None:
+    case = CASES["llama, lora, checkpointed"]()
+    small, large = (trace_at(case, size) for size in SOLVED_AT)
+    events = list(large.events)
+    at = next(i for i, (one, other) in enumerate(pairwise(events)) if max(one.num_bytes, other.num_bytes) < 0)
+    events[at : at + 2] = reversed(events[at : at + 2])
+    assert solve(small, replace(large, events=events)) is not None

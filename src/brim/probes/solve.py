@@ -7,11 +7,11 @@ row rules out); the plan's own micro-batch is traced by itself.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from typing import NamedTuple
 
-from brim.cost.ledger import Moment
+from brim.cost.ledger import Ledger, Moment
 from brim.probes.phases import UNCOUNTED
 from brim.probes.stream import Traced, list_moments
 from brim.probes.tracker import BLOCK_BYTES, Event
@@ -96,6 +96,22 @@ def solve(small: Traced, large: Traced, sizes: tuple[int, int] = SOLVED_AT) -> S
                 return None
             lines[one.key] = _Line(first - slope * sizes[0], slope)
     return Solved(small.events, small, lines)
+
+
+def extend_moment(small: Moment, large: Moment, sizes: tuple[int, int, int]) -> Moment:
+    """Return a moment on the line through two, row by row, where their streams differ in more than sizes.
+
+    Args:
+        small: the moment at the smaller of two micro-batches.
+        large: the same at the larger.
+        sizes: micro-batch asked for, that of `small`, that of `large`.
+    """
+    wanted, first, second = sizes
+    rows = {}
+    for row in fields(Ledger):
+        one, other = getattr(small.ledger, row.name), getattr(large.ledger, row.name)
+        rows[row.name] = max(0, one + (other - one) * (wanted - first) // (second - first))
+    return Moment(name=small.name, ledger=Ledger(**rows))
 
 
 def _order_frees(events: Sequence[Event]) -> Iterator[Event]:
