@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,7 +78,12 @@ def test_few_strategies_are_traced(model: str, monkeypatch: pytest.MonkeyPatch) 
     from brim.probes import answer
 
     asked, trace_step = [], answer.trace_step
-    monkeypatch.setattr(answer, "trace_step", lambda *args, **named: asked.append(args[1]) or trace_step(*args, **named))
+
+    def note(*args: Any, **named: Any) -> Any:
+        asked.append(args[1])
+        return trace_step(*args, **named)
+
+    monkeypatch.setattr(answer, "trace_step", note)
     brim.plan(model, by="trace", **JOB)
     assert len(asked) <= 3 + 2 * len({one.activation_checkpointing for one in asked})
 

@@ -125,8 +125,13 @@ def _given(takes: frozenset[str], **makers: Make) -> dict[str, Make]:
 
 def _values(request: Any, shape: tuple[int, ...]) -> Make:
     """Values in the weights' dtype, none of them zero: some models take empty images for padding."""
-    dtype = next((one.dtype for one in request.model.parameters() if one.is_floating_point()), torch.float32)
+    dtype = find_dtype(request.model)
     return lambda: torch.ones(shape, dtype=dtype)
+
+
+def find_dtype(model: Any) -> torch.dtype:
+    """Return the dtype of a model's weights."""
+    return next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
 
 
 def _list_sound_forms(request: Any) -> Iterator[dict[str, Make]]:

@@ -118,7 +118,7 @@ def _order_frees(events: Sequence[Event]) -> Iterator[Event]:
     """Yield the stream with frees that follow one another in order of birth: hash maps (autocast's cache) give up their
     tensors in any order."""
     for frees, stretch in groupby(events, key=lambda one: one.num_bytes < 0):
-        yield from sorted(stretch, key=lambda one: one.key) if frees else stretch
+        yield from sorted(stretch, key=lambda one: one.key if frees else 0)
 
 
 def _rounded(num_bytes: int) -> int:

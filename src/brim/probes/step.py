@@ -198,7 +198,7 @@ def _load(step: Step) -> Inputs:
 
 def _count_labels(step: Step) -> torch.Tensor | None:
     """Source: transformers trainer.py _get_num_items_in_batch."""
-    if not step.counts_labels or not all("labels" in inputs for inputs in step.batches):
+    if not step.counts_labels or not all(isinstance(inputs.get("labels"), torch.Tensor) for inputs in step.batches):
         return None
     return sum(inputs["labels"][..., 1:].ne(-100).sum() for inputs in step.batches)  # type: ignore[return-value]
 
