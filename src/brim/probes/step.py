@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import get_gradient_edge
 
-from brim.errors import MissingExtra
+from brim.errors import MissingExtra, ProbeFailed
 from brim.probes.checkpointing import offloads_saved_tensors
 from brim.probes.dtypes import torch_dtype
 from brim.probes.inputs import MakeInputs
@@ -236,6 +236,8 @@ def _compute_loss(step: Step, inputs: Inputs, count: torch.Tensor | None) -> tup
 def _find_loss(outputs: Any) -> torch.Tensor:
     """Source: transformers trainer.py compute_loss; a model of one's own may return any object with a loss."""
     if isinstance(outputs, Mapping):
+        if outputs.get("loss") is None:
+            raise ProbeFailed("its forward returns no loss for the labels it is given; pass a build_model whose does")
         return outputs["loss"]
     if isinstance(outputs, torch.Tensor):
         return outputs
