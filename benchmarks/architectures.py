@@ -97,9 +97,10 @@ _NEEDED: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("glm4v", "glm46v", "glmga"), _GLM), "glm4v_moe": {"text_config": {"rope_parameters": {
         "rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5,
     }, "head_dim": 128}},
-    "t5gemma2": {"encoder": _IMAGES}, "janus": {"vision_config": {"projection_dim": 4096}}, "ovis2": {"hidden_size": 4096},
+    "t5gemma2": {"encoder": _IMAGES}, "janus": {"vision_config": {"projection_dim": 4096}},
+    "ovis2": {"hidden_size": 4096}, "lw_detr": {"backbone_config": {"num_hidden_layers": 10}},
     "shieldgemma2": _IMAGES, **dict.fromkeys(_DETRS, _RESNET),
-    "lw_detr": {"backbone_config": {"num_hidden_layers": 10}}, "rf_detr": {"backbone_config": {"num_hidden_layers": 12}},
+    "rf_detr": {"backbone_config": {"num_hidden_layers": 12}},
     "blip-2": {"image_token_index": 50265}, "instructblip": {"image_token_index": 50265},
     "instructblipvideo": {"video_token_index": 50265},
 }  # fmt: skip

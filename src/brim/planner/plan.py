@@ -62,7 +62,8 @@ def plan_workload(
         capacity_bytes=budget.capacity_bytes,
         reasons=list_reasons(workload, fixed, found, found.best, budget, answerer),
         assumptions=(*assumptions, *_describe_search(workload, found, answerer)),
-        warnings=(*warnings, *awkward), schedule=schedule, rejected=rejected, num_candidates=found.num_costed, brim_version=brim_version,
+        warnings=(*warnings, *awkward), schedule=schedule,
+        rejected=rejected, num_candidates=found.num_costed, brim_version=brim_version,
     )  # fmt: skip
 
 

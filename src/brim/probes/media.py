@@ -21,7 +21,9 @@ _IMAGE_TOKENS = (
     "video_token_index",
 )  # fmt: skip
 _AUDIO_TOKENS = ("audio_token_id", "audio_token_index")
-_FEATURES = {"image": ("get_image_features", "get_video_features"), "audio": ("get_audio_features", "get_audio_embeddings")}
+_FEATURES = {
+    "image": ("get_image_features", "get_video_features"), "audio": ("get_audio_features", "get_audio_embeddings"),
+}  # fmt: skip
 _FILLER = 5
 
 
@@ -120,7 +122,8 @@ def _list_image_forms(request: Any, takes: frozenset[str]) -> Iterator[dict[str,
             cross_attention_mask=lambda: torch.ones(batch, request.length, 1, tiles, dtype=torch.long),
         )  # fmt: skip
     if "image_position_ids" in takes:
-        kernel, patch = first_number(vision, ("pooling_kernel_size",), 3), first_number(vision, ("model_patch_size", "patch_size"), 16)
+        kernel = first_number(vision, ("pooling_kernel_size",), 3)
+        patch = first_number(vision, ("model_patch_size", "patch_size"), 16)
         side = _POOLED * kernel
         places = [[[at % side, at // side] for at in range(side * side)]] * batch
         yield _given(
