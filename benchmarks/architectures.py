@@ -101,6 +101,9 @@ _NEEDED: dict[str, dict[str, Any]] = {
     "ovis2": {"hidden_size": 4096}, "lw_detr": {"backbone_config": {"num_hidden_layers": 10}},
     "shieldgemma2": _IMAGES, **dict.fromkeys(_DETRS, _RESNET),
     "rf_detr": {"backbone_config": {"num_hidden_layers": 12}},
+    "aya_vision": {"vision_config": {"num_attention_heads": 16, "image_size": 364, "patch_size": 14}},
+    "chameleon": {"vocabulary_map": {"<image>": 8711, "IMGIMGAZ": 4, "IMGIMGBZ": 5}},
+    "emu3": {"vocabulary_map": {"<image>": 151851, "<|visual token 000000|>": 4, "<|visual token 000001|>": 5}},
     "blip-2": {"image_token_index": 50265}, "instructblip": {"image_token_index": 50265},
     "instructblipvideo": {"video_token_index": 50265},
 }  # fmt: skip
