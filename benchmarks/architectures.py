@@ -62,6 +62,15 @@ _DEPTHS = (
 )  # fmt: skip
 _DTYPE_WORDS = ("expected scalar type", "Unsupported dtype", "should be the same", "expected m1 and m2")
 _IMAGES = {"vision_config": {"image_size": 896}}
+_GLM = {"text_config": {"rope_parameters": {
+    "rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5,
+}}}  # fmt: skip
+_RESNET = {
+    "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "backbone_kwargs": None,
+    "backbone_config": {"model_type": "resnet", "out_features": ["stage2", "stage3", "stage4"],
+                        "out_indices": [2, 3, 4]},
+}  # fmt: skip
+_DETRS = ("detr", "conditional_detr", "deformable_detr", "dab-detr", "table-transformer")
 _NEEDED: dict[str, dict[str, Any]] = {
     "gemma3": _IMAGES, "deepseek_v2": {"num_experts_per_tok": 6, "moe_intermediate_size": 1408},
     "dots1": {"n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 4},
@@ -85,9 +94,16 @@ _NEEDED: dict[str, dict[str, Any]] = {
     "smolvlm": {"vision_config": {"image_size": 512, "patch_size": 16}, "scale_factor": 4},
     "modernvbert": {"vision_config": {"image_size": 512, "patch_size": 16}},
     "ultravbert": {"vision_config": {"image_size": 512, "patch_size": 16}},
-    "glm4v": {"text_config": {"rope_parameters": {
+    **dict.fromkeys(("glm4v", "glm46v", "glmga"), _GLM), "glm4v_moe": {"text_config": {"rope_parameters": {
         "rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5,
-    }}},
+    }, "head_dim": 128}},
+    "t5gemma2": {"encoder": _IMAGES}, "janus": {"vision_config": {"projection_dim": 4096}},
+    "ovis2": {"hidden_size": 4096}, "lw_detr": {"backbone_config": {"num_hidden_layers": 10}},
+    "shieldgemma2": _IMAGES, **dict.fromkeys(_DETRS, _RESNET),
+    "rf_detr": {"backbone_config": {"num_hidden_layers": 12}},
+    "aya_vision": {"vision_config": {"num_attention_heads": 16, "image_size": 364, "patch_size": 14}},
+    "chameleon": {"vocabulary_map": {"<image>": 8711, "IMGIMGAZ": 4, "IMGIMGBZ": 5}},
+    "emu3": {"vocabulary_map": {"<image>": 151851, "<|visual token 000000|>": 4, "<|visual token 000001|>": 5}},
     "blip-2": {"image_token_index": 50265}, "instructblip": {"image_token_index": 50265},
     "instructblipvideo": {"video_token_index": 50265},
 }  # fmt: skip
@@ -206,7 +222,7 @@ def trace_case(case: Case, length: int = _LENGTH, dtype: str = "bf16") -> int:
         found = trace(workload, strategy, lambda: kind._from_config(config, dtype=weights), fold=False)
     except ProbeFailed as error:
         needed = error.facts.get("num_tokens", 0)
-        if length < needed < _LONGEST:
+        if length <= needed < _LONGEST:
             return trace_case(case, needed + _LENGTH, dtype)
         raise
     return found.peak_allocated_bytes

@@ -164,3 +164,18 @@ def test_a_missing_extra_names_the_pip_line(llama: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "--by trace needs torch: pip install 'brim[trace]'", done.stderr
+
+
+def test_what_is_recomputed_under_autocast_is_as_it_was(tmp_path: Path) -> None:
+    """CUDA's autocast runs layer norms in fp32, in the backward pass as well, where checkpointing runs them again."""
+    gpt2 = {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4,
+        "n_positions": 128, "vocab_size": 512,
+    }  # fmt: skip
+    model = write_model(tmp_path / "gpt2", gpt2)
+    peaks = []
+    for kind in ("none", "selective", "full"):
+        knobs = {**JOB, "method": "lora", "trainer": "trl", "activation_checkpointing": kind}
+        (estimate,) = brim.estimate(model, by=("trace",), micro_batch_size=64, **knobs)
+        peaks.append(estimate.peak_allocated_bytes)
+    assert peaks[0] > peaks[1] > peaks[2]

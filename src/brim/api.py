@@ -53,7 +53,7 @@ def plan(model: str | ModelShape, **options: Any) -> Plan:
     from brim import __version__
 
     said = read_options(options)
-    job = _read_job(model, said)
+    job = _read_job(model, said, known_only=said.by != "trace")
     answerer = _find_answerer(said.by or "formula", job)
     return plan_workload(job.workload, job.fixed, answerer, assumptions=job.assumptions, brim_version=__version__)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planner_toys import GIB, MIB, make_job, toy_answerer
 
-from brim.errors import InvalidStrategy
+from brim.errors import InvalidStrategy, ProbeFailed
 from brim.planner.answerer import Answerer, relative_cost
 from brim.planner.batch import exact_splits, is_power_of_two
 from brim.planner.candidates import list_variants
@@ -127,3 +128,30 @@ def test_a_fixed_knob_that_no_rule_allows_is_refused_with_its_reason() -> None:
     job = make_job(loss_kernel="dense")
     with pytest.raises(InvalidStrategy, match=r"^trl has no dense loss; it has chunked$"):
         search(job.workload, job.fixed, toy_answerer(), 20 * GIB)
+
+
+@settings(max_examples=100, deadline=None)
+@given(job=st.sampled_from(sorted(JOBS)), law=LAWS, budget=st.integers(2, 80).map(lambda gib: gib * GIB))
+def test_asking_only_what_may_win_finds_the_same(job: Any, law: dict[str, Any], budget: int) -> None:
+    """Where an answer takes seconds, kinds that cost more than what fits are not asked for."""
+    workload, answerer = JOBS[job].workload, toy_answerer(**law)
+    sparing = replace(answerer, is_dear=lambda workload: True)
+    whole, some = (search(workload, {}, one, budget) for one in (answerer, sparing))
+    assert whole.best == some.best
+    assert some.num_costed <= whole.num_costed
+    assert bool(some.left_out) or some.num_costed == whole.num_costed
+
+
+def test_kinds_that_cannot_be_answered_are_left_out_and_said() -> None:
+    job, answerer = make_job(), toy_answerer()
+
+    def peak(workload: Workload, strategy: Strategy) -> int:
+        if strategy.activation_checkpointing != "none":
+            raise ProbeFailed("it has no checkpointing")
+        return answerer.peak(workload, strategy)
+
+    found = search(job.workload, {}, replace(answerer, peak=peak), 80 * GIB)
+    assert found.best is not None and found.best.strategy.activation_checkpointing == "none"
+    assert {reason for _, reason in found.left_out} == {"it has no checkpointing"}
+    with pytest.raises(ProbeFailed, match="it has no checkpointing"):
+        search(job.workload, {"activation_checkpointing": "full"}, replace(answerer, peak=peak), 80 * GIB)

@@ -63,6 +63,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "text_config": {**SMALL, "model_type": "llama"}, "vision_config": CLIP, "image_token_index": 100,
         "vision_feature_layer": -1,
     }),
+    "FuyuForCausalLM": ("fuyu", {
+        **SMALL, "image_size": 32, "patch_size": 8, "num_channels": 3, "num_key_value_heads": 4, "image_token_id": 100,
+        "text_config": {**SMALL, "model_type": "persimmon"},
+    }),
+    "Pix2StructForConditionalGeneration": ("pix2struct", {
+        "text_config": {
+            "hidden_size": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4, "vocab_size": 128,
+            "decoder_start_token_id": 0, "pad_token_id": 0,
+        },
+        "vision_config": {
+            "hidden_size": 32, "patch_embed_hidden_size": 48, "d_kv": 8, "d_ff": 64, "num_hidden_layers": 1,
+            "num_attention_heads": 4, "seq_len": 64,
+        },
+        "decoder_start_token_id": 0, "pad_token_id": 0,
+    }),
     "WhisperForConditionalGeneration": ("whisper", {
         **BART, "max_source_positions": 50, "max_target_positions": 600, "num_mel_bins": 8,
         "decoder_start_token_id": 1,
@@ -112,11 +127,12 @@ def test_a_mask_is_given_where_sequences_differ_in_length() -> None:
 
 
 def test_losses_that_run_on_the_host_are_refused_with_what_to_pass() -> None:
-    config = transformers.AutoConfig.for_model("yolos", **SMALL, image_size=[32, 32], patch_size=8)
-    model = transformers.YolosForObjectDetection(config)
-    workload, strategy = plan_case(Case("", "", "Yolos"))
+    class OddForUniversalSegmentation(torch.nn.Module):
+        config = transformers.AutoConfig.for_model("vit", **SMALL)
+
+    workload, strategy = plan_case(Case("", "", "Odd"))
     with pytest.raises(ProbeFailed, match="scipy on the host; pass make_inputs"):
-        plan_inputs(workload, strategy, model)
+        plan_inputs(workload, strategy, OddForUniversalSegmentation())
 
 
 DIVERSE = """

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from brim.probes.solve import SOLVED_AT, Solved, solve
+from brim.cost.ledger import Ledger, Moment
+from brim.probes.pieces import Event
+from brim.probes.solve import SOLVED_AT, Solved, extend_moment, solve
 from brim.probes.stream import Traced, list_moments, replay
 from brim.probes.trace import trace_step
 from real_steps import Case
@@ -59,3 +63,28 @@ def test_the_largest_within_a_budget_just_fits(solved: Solved) -> None:
 def test_streams_that_differ_in_more_than_sizes_are_not_solved(case: Case) -> None:
     small, large = (trace_at(case, size) for size in SOLVED_AT)
     assert solve(small, replace(large, pieces=large.pieces[:-1])) is None
+
+
+def test_a_moment_on_the_line_through_two() -> None:
+    small, large = (
+        Moment(name="loss", ledger=Ledger(parameters=100, activations=10 * size, temporaries=-3 * size + 9))
+        for size in SOLVED_AT
+    )
+    far = extend_moment(small, large, (7, *SOLVED_AT))
+    assert far == Moment(name="loss", ledger=Ledger(parameters=100, activations=70, temporaries=0))
+
+
+def test_frees_in_any_order_are_the_same_stream() -> None:
+    case = CASES["llama, lora, checkpointed"]()
+    small, large = (trace_at(case, size) for size in SOLVED_AT)
+    place, events = next((i, list(piece.events)) for i, piece in enumerate(large.pieces) if _frees_two(piece.events))
+    at = _frees_two(events)
+    events[at : at + 2] = reversed(events[at : at + 2])
+    pieces = [*large.pieces[:place], replace(large.pieces[place], events=events), *large.pieces[place + 1 :]]
+    assert solve(small, replace(large, pieces=pieces)) is not None
+
+
+def _frees_two(events: Sequence[Event]) -> int:
+    """Return where two storages are freed one after the other; 0 if nowhere."""
+    pairs = enumerate(pairwise(events))
+    return next((i for i, (one, other) in pairs if max(one.num_bytes, other.num_bytes) < 0), 0)

@@ -50,6 +50,8 @@ class Answerer:
     largest: Callable[[Workload, Strategy, int], int | None] | None = None
     """Largest micro-batch of a strategy, accumulated, whose peak is within some bytes; None if it was not solved. None
     for answerers that solve nothing."""
+    is_dear: Callable[[Workload], bool] = lambda workload: False
+    """Whether each new kind of strategy takes seconds to answer, so that only what may win is asked for."""
     timeline: Callable[[Workload, Strategy], Timeline] | None = None
     """Memory over the step; None for answerers that do not follow it."""
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from brim.cost.setting import name_unknown
 from brim.planner.alternatives import list_alternatives
 from brim.planner.answerer import Answerer
 from brim.planner.awkward import list_awkward
@@ -12,6 +15,7 @@ from brim.planner.relax import refuse_unfit
 from brim.planner.schedule import build_schedule
 from brim.planner.search import Found, search
 from brim.planner.warnings import list_warnings
+from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
 
 NEAR_FRACTION = 0.05
@@ -57,9 +61,29 @@ def plan_workload(
         effective_batch_tokens=workload.batch.tokens, budget_bytes=budget.budget_bytes,
         capacity_bytes=budget.capacity_bytes,
         reasons=list_reasons(workload, fixed, found, found.best, budget, answerer),
-        assumptions=assumptions, warnings=(*warnings, *awkward), schedule=schedule,
+        assumptions=(*assumptions, *_describe_search(workload, found, answerer)),
+        warnings=(*warnings, *awkward), schedule=schedule,
         rejected=rejected, num_candidates=found.num_costed, brim_version=brim_version,
     )  # fmt: skip
+
+
+def _describe_search(workload: Workload, found: Found, answerer: Answerer) -> Iterator[str]:
+    """Say who proposed, where it is not the formula, and what was left out."""
+    if answerer.is_dear(workload):
+        yield (
+            f"the formula does not know {name_unknown(workload) or f'model_type {workload.model.model_type}'}: the "
+            f"{answerer.source} answered the search itself, micro-batches that were not run by a line through those of "
+            "2 and 3 sequences, the chosen one and near misses by a run of their own; the step time is unknown"
+        )
+    reasons = dict.fromkeys(reason for _, reason in found.left_out)
+    for reason in reasons:
+        names = dict.fromkeys(_name_variant(knobs) for knobs, why in found.left_out if why == reason)
+        yield f"left out: {', '.join(names)} ({reason})"
+
+
+def _name_variant(knobs: Strategy) -> str:
+    offload = " with activations in host memory" if knobs.activation_offload else ""
+    return f"{knobs.activation_checkpointing.replace('none', 'no')} checkpointing{offload}"
 
 
 def _confirm(workload: Workload, found: Found, answerer: Answerer) -> bool:

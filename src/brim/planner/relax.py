@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
-from brim.errors import DoesNotFit, InvalidStrategy
+from brim.errors import DoesNotFit, InvalidStrategy, ProbeFailed
 from brim.planner.answerer import Answerer
 from brim.planner.candidates import Fixed
 from brim.planner.experts import unquantised_expert_bytes
@@ -133,7 +133,7 @@ def _worthwhile(asked: _Change, methods: Iterable[_Change], answerer: Answerer) 
 def _least(change: _Change, answerer: Answerer) -> int | None:
     try:
         return least_peak_bytes(change.workload, change.fixed, answerer)
-    except InvalidStrategy:
+    except (InvalidStrategy, ProbeFailed):
         return None
 
 
@@ -149,7 +149,7 @@ def _evaluate(change: _Change, answerer: Answerer) -> Relaxation | None:
     workload, fixed = change.workload, change.fixed
     try:
         found = search(workload, fixed, answerer, answerer.budget(workload).budget_bytes)
-    except InvalidStrategy:
+    except (InvalidStrategy, ProbeFailed):
         return None
     shown = found.best or found.smallest
     return Relaxation(
@@ -160,7 +160,7 @@ def _evaluate(change: _Change, answerer: Answerer) -> Relaxation | None:
 def _fits(workload: Workload, fixed: Fixed, answerer: Answerer) -> bool:
     try:
         return least_peak_bytes(workload, fixed, answerer) <= answerer.budget(workload).budget_bytes
-    except InvalidStrategy:
+    except (InvalidStrategy, ProbeFailed):
         return False
 
 
@@ -246,11 +246,14 @@ def _bigger_card(base: _Change, answerer: Answerer) -> Iterator[_Change]:
     cluster = base.workload.cluster
     # Larger cards may be too old for the job or have larger workspaces, so every one is asked, smallest first.
     tried: set[tuple[object, int]] = set()
+    least = _least(base, answerer) if answerer.is_dear(base.workload) else None  # on this card; alike on others
     for device in _cards(cluster):
         alike = (device.compute_capability, device.capacity_bytes)
         if device.capacity_bytes <= cluster.device.plannable_bytes or alike in tried:
             continue
         tried.add(alike)
+        if least is not None and answerer.budget(_moved(base, device)).budget_bytes < least:
+            continue
         if _fits(_moved(base, device), base.fixed, answerer):
             size = format_size(device.capacity_bytes)
             effect = f"the smallest {device.vendor.upper()} card of the table that fits, {size}"

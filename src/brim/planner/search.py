@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from brim.errors import ProbeFailed
 from brim.planner.answerer import Answerer
 from brim.planner.batch import is_power_of_two
 from brim.planner.candidates import Fixed, Variant, list_splits, list_variants
@@ -13,6 +14,8 @@ from brim.spec.workload import Workload
 
 TIE_FRACTION = 0.03
 """Step times closer than this are equal: the time law is not better than that."""
+SLOWER_TEXT = "slower at every micro-batch than what fits already"
+"""Why a variant was not asked for, where each answer takes seconds."""
 _RECOMPUTATION = {"none": 0, "selective": 1, "full": 2}
 
 
@@ -42,6 +45,8 @@ class Found:
     """For each variant the smallest strategies that do not fit."""
     budget_bytes: int
     """The bytes they had to fit into."""
+    left_out: tuple[tuple[Strategy, str], ...] = ()
+    """Knobs (with the split 1 x 1) that were not asked for, and why."""
 
     @property
     def num_costed(self) -> int:
@@ -68,21 +73,58 @@ def search(workload: Workload, fixed: Fixed, answerer: Answerer, budget_bytes: i
         budget_bytes: bytes the allocated peak may reach.
 
     Raises:
-        InvalidStrategy: rules forbid every candidate.
+        InvalidStrategy: rules forbid every candidate. ProbeFailed: none of them can be traced.
     """
     splits = list_splits(workload, fixed)
     fitting: list[Costed] = []
     over: list[Costed] = []
+    left_out: list[tuple[Strategy, str]] = []
+    failed: ProbeFailed | None = None
     for variant in list_variants(workload, fixed):
-        full = False
-        for micro, steps in splits:
-            if full and steps > 1:
-                continue
-            strategy = variant.at(micro, steps)
-            peak = answerer.peak(workload, strategy)
-            full = peak > budget_bytes
-            (over if full else fitting).append(_cost(workload, strategy, peak, answerer))
-    return Found(best=choose(fitting), fitting=tuple(fitting), over=tuple(over), budget_bytes=budget_bytes)
+        if answerer.is_dear(workload) and _cannot_win(workload, variant, splits, choose(fitting), answerer):
+            left_out.append((variant.at(1, 1), SLOWER_TEXT))
+            continue
+        try:
+            fits, not_fits = _walk(workload, variant, splits, answerer, budget_bytes)
+        except ProbeFailed as error:  # the other variants may run: not every model can be checkpointed
+            failed = failed or error
+            left_out.append((variant.at(1, 1), str(error)))
+            continue
+        fitting += fits
+        over += not_fits
+    if failed is not None and not fitting and not over:
+        raise failed
+    return Found(
+        best=choose(fitting), fitting=tuple(fitting), over=tuple(over), budget_bytes=budget_bytes,
+        left_out=tuple(left_out),
+    )  # fmt: skip
+
+
+def _walk(
+    workload: Workload, variant: Variant, splits: Sequence[tuple[int, int]], answerer: Answerer, budget_bytes: int
+) -> tuple[list[Costed], list[Costed]]:
+    """Return what fits of a variant, and what was found not to."""
+    fitting: list[Costed] = []
+    over: list[Costed] = []
+    full = False
+    for micro, steps in splits:
+        if full and steps > 1:
+            continue
+        strategy = variant.at(micro, steps)
+        peak = answerer.peak(workload, strategy)
+        full = peak > budget_bytes
+        (over if full else fitting).append(_cost(workload, strategy, peak, answerer))
+    return fitting, over
+
+
+def _cannot_win(
+    workload: Workload, variant: Variant, splits: Sequence[tuple[int, int]], best: Costed | None, answerer: Answerer
+) -> bool:
+    """Whether a variant costs more than what fits already, whatever of it would fit: no split of it is in a tie."""
+    if best is None:
+        return False
+    costs = (_cost(workload, variant.at(*split), 0, answerer).cost for split in splits)
+    return min(costs) > best.cost * (1 + TIE_FRACTION)
 
 
 def least_peak_bytes(workload: Workload, fixed: Fixed, answerer: Answerer) -> int:

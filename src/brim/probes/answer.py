@@ -2,7 +2,7 @@
 
 A search asks for the peak of hundreds of strategies; a trace takes a second or two. So the formula answers until a
 strategy is about to be chosen, or was refused by little; then its kind is traced, and solved for every micro-batch.
-Where the formula does not know the architecture, every kind that is asked for is traced.
+Where the formula does not know the architecture, two traces of a kind propose instead (`_Probe.guess`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from brim.planner.candidates import knobs_of
 from brim.probes.inputs import MakeInputs
 from brim.probes.model import BuildModel
 from brim.probes.rows import shares_rows
-from brim.probes.solve import SOLVED_AT, Solved, solve
+from brim.probes.solve import SOLVED_AT, Solved, extend_moment, solve
 from brim.probes.stream import Traced, list_moments, read_estimate
 from brim.probes.timeline import read_timeline
 from brim.probes.trace import quiet, trace_step
@@ -40,6 +40,7 @@ class _Probe:
     traces: dict[_Question, Traced] = field(default_factory=dict)
     solved: dict[_Question, Solved | None] = field(default_factory=dict)
     peaks: dict[tuple[_Question, bool], Moment] = field(default_factory=dict)
+    guesses: dict[_Question, Moment] = field(default_factory=dict)
 
     def follow(self, workload: Workload, strategy: Strategy) -> Traced:
         """Return the stream of a strategy, traced once."""
@@ -74,6 +75,40 @@ class _Probe:
             moments = list_moments(traced.pieces, traced.storages)
             self.peaks[key, found is None] = max(moments, key=lambda one: one.total_bytes)
         return self.peaks[key, found is None]
+
+    def guess(self, workload: Workload, strategy: Strategy) -> Moment:
+        """Return the peak as two traces tell it, where that is enough to choose by; else that of a trace of its own.
+
+        A single sequence lies on the line but for copies that expansion avoids. A batch without accumulation needs at
+        most what an accumulated one does, at least that less the gradients, which wait nowhere: between the two, it is
+        traced.
+        """
+        key = workload, strategy
+        if shares_rows(workload, strategy) or workload.batch.sequences < max(SOLVED_AT):
+            return self._measure(workload, strategy)
+        if key not in self.guesses:
+            self.guesses[key] = self._follow_line(workload, strategy)
+        found, budget_bytes = self.guesses[key], budget_of(workload, "trace").budget_bytes
+        least = found.total_bytes - (found.ledger.gradients if strategy.gradient_accumulation_steps == 1 else 0)
+        return self._measure(workload, strategy) if least <= budget_bytes < found.total_bytes else found
+
+    def _measure(self, workload: Workload, strategy: Strategy) -> Moment:
+        self.follow(workload, strategy)
+        found = self.peak(workload, strategy)
+        assert found is not None
+        return found
+
+    def _follow_line(self, workload: Workload, strategy: Strategy) -> Moment:
+        """Return the peak of a strategy, accumulated: by the storages of two traces, else by their moments."""
+        kind = _kind(strategy)
+        small, large = (self.follow(workload, replace(kind, micro_batch_size=size)) for size in SOLVED_AT)
+        known = self.solved.setdefault((workload, kind), solve(small, large))
+        if known is not None:
+            return known.peak(strategy.micro_batch_size)
+        ends = [{one.name: one for one in list_moments(traced.pieces, traced.storages)} for traced in (small, large)]
+        sizes = strategy.micro_batch_size, *SOLVED_AT
+        moments = [extend_moment(one, ends[1][name], sizes) for name, one in ends[0].items() if name in ends[1]]
+        return max(moments, key=lambda one: one.total_bytes)
 
     def largest(self, workload: Workload, strategy: Strategy, budget_bytes: int) -> int | None:
         """Return the largest micro-batch of a strategy's kind within some bytes, if the kind was solved."""
@@ -136,6 +171,7 @@ def answer_by_trace(
         budget=lambda workload: budget_of(workload, "trace"),
         seconds=lambda workload, strategy: seconds(workload, strategy) if _is_known(workload) else None,
         order=relative_cost, order_text=ORDER_TEXT, confirm=probe.confirm, largest=probe.largest,
+        is_dear=lambda workload: not _is_known(workload),
     )  # fmt: skip
 
 
@@ -145,9 +181,6 @@ def _is_known(workload: Workload) -> bool:
 
 
 def _ask(probe: _Probe, workload: Workload, strategy: Strategy) -> Moment | None:
-    """Return the peak as far as known; where the formula has no answer, it is traced now."""
+    """Return the peak as far as known; where the formula has no answer, it is traced now, or follows from traces."""
     found = probe.peak(workload, strategy)
-    if found is None and not _is_known(workload):
-        probe.confirm(workload, strategy, exactly=False)
-        return probe.peak(workload, strategy) or _ask(probe, workload, strategy)
-    return found
+    return found if found is not None or _is_known(workload) else probe.guess(workload, strategy)

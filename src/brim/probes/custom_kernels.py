@@ -330,9 +330,14 @@ def _mamba_split_conv_scan(
 
 
 def _gated_delta(
-    query: Any, key: Any, value: Any, g: Any, beta: Any, use_qk_l2norm_in_kernel: bool = False, **_: Any
-) -> tuple[torch.Tensor, None]:
-    return _GatedDelta.apply(query, key, value, g, beta, use_qk_l2norm_in_kernel), None
+    query: Any, key: Any, value: Any, g: Any, beta: Any, use_qk_l2norm_in_kernel: bool = False,
+    output_final_state: bool = False, **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """A model inside another keeps a cache in training: the trainer switches it off in the outer config alone."""
+    out = _GatedDelta.apply(query, key, value, g, beta, use_qk_l2norm_in_kernel)
+    batch, _length, heads, width = value.shape
+    shape = batch, heads, key.shape[-1], width
+    return out, key.new_empty(shape, dtype=torch.float32) if output_final_state else None
 
 
 _STAND_INS: dict[str, Callable[..., Any]] = {

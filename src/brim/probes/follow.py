@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import (
 
 from brim.cost.overhead import workspace_bytes
 from brim.errors import BrimError, ProbeFailed, quoted
+from brim.probes.boxes import match_in_order
 from brim.probes.custom_kernels import kernel_packages
 from brim.probes.experts import balance_experts
 from brim.probes.fold import Pattern, fold_layers
@@ -49,7 +50,8 @@ def follow_step(
     known = KnownValues(balance_experts(model, workload.moe_imbalance))
     tracker.read_scalar = known.read_scalar
     kernels = card_kernels(workload.cluster.device, strategy.attention_kernel)
-    with _explained(workload), FakeTensorMode(), known, kernels, kernel_packages(model) as said:
+    with _explained(workload), FakeTensorMode(), known, kernels, kernel_packages(model) as said, \
+            match_in_order(model) as matched:  # fmt: skip
         _take_memory(tracker, model, reference, workload.cluster.device)
         make = make_inputs or _plan_inputs(workload, strategy, model, lengths)
         step = plan_step(workload, strategy, model, make, tracker, reference)
@@ -59,7 +61,7 @@ def follow_step(
             step.num_steps = max(step.num_steps, -(-len(lengths) // step.num_micro_batches))
         with card_head(workload.recipe), repeat_heads(workload.recipe.engine), tracker:
             run_steps(step)
-    tracker.notes += [*said, *note_step(workload, strategy), *known.describe()]
+    tracker.notes += [*said, *matched, *note_step(workload, strategy), *known.describe()]
     return tracker, patterns[-1]
 
 

@@ -16,7 +16,8 @@ import torch
 
 from brim.cost.setting import is_masked
 from brim.errors import ProbeFailed
-from brim.probes.media import add_media, find_size, place_media
+from brim.probes.boxes import make_targets, reads_targets
+from brim.probes.media import add_media, find_dtype, find_size, place_media
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
 
@@ -29,7 +30,6 @@ _PER_SEQUENCE = (
 )  # fmt: skip
 _CHOICES = 2
 _UNTRACED = {
-    "ObjectDetection": "its loss matches boxes with scipy on the host",
     "UniversalSegmentation": "its loss matches masks with scipy on the host",
     "InstanceSegmentation": "its loss matches masks with scipy on the host",
     "ForSegmentation": "its loss matches masks with scipy on the host",
@@ -180,6 +180,9 @@ def _targets(request: Request, length: int) -> dict[str, Make]:
         return {"label": lambda: torch.zeros(batch, dtype=torch.long)}
     if "labels" not in takes:
         return {}
+    if reads_targets(request.model):
+        dtype = find_dtype(request.model)
+        return {"labels": lambda: make_targets(batch, dtype)}  # type: ignore[dict-item, return-value]
     shape = _label_shape(request, length)
     if kind.endswith(_PER_SEQUENCE) and getattr(request.config, "num_labels", 2) == 1:
         return {"labels": lambda: torch.zeros(shape)}

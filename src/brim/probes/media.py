@@ -18,9 +18,12 @@ _GRID, _POOLED = 32, 16
 _SECONDS, _SAMPLES_PER_SECOND, _FRAMES = 10, 16_000, 1000
 _IMAGE_TOKENS = (
     "image_token_id", "image_token_index", "im_patch_id", "media_placeholder_token_id", "image_soft_token_id",
+    "video_token_index",
 )  # fmt: skip
 _AUDIO_TOKENS = ("audio_token_id", "audio_token_index")
-_FEATURES = {"image": ("get_image_features",), "audio": ("get_audio_features", "get_audio_embeddings")}
+_FEATURES = {
+    "image": ("get_image_features", "get_video_features"), "audio": ("get_audio_features", "get_audio_embeddings"),
+}  # fmt: skip
 _FILLER = 5
 
 
@@ -35,6 +38,8 @@ def add_media(request: Any, makers: MutableMapping[str, Make]) -> Media:
         media |= _add(request, makers, "image")
     if ("input_features" in takes and "input_ids" not in takes) or _hears(request):
         media |= _add(request, makers, "audio")
+    elif "flattened_patches" in takes:
+        makers["flattened_patches"] = _flattened_patches(request)
     elif "input_values" in takes and "input_ids" not in takes:
         makers["input_values"] = _waves(request)
     return media
@@ -50,7 +55,7 @@ def _add(request: Any, makers: MutableMapping[str, Make], medium: str) -> Media:
     name, names, list_forms = _MEDIA[medium]
     failed: Exception | None = None
     token = _find_id(request.config, names)
-    for form in list_forms(request):
+    for form in list_forms(request, _list_taken(request, medium)):
         if "input_ids" not in request.takes or token is None:
             makers |= form
             return {}
@@ -59,23 +64,49 @@ def _add(request: Any, makers: MutableMapping[str, Make], medium: str) -> Media:
         except Exception as error:  # whatever the model's own code raises: the next form is tried
             failed = failed or error
             continue
-        makers |= form
+        if not count and "Classification" in request.kind:  # of text alone
+            return {}
+        makers |= form if _takes_any(request.model) else _given(request.takes, **form)
         return {token: count // request.batch} if count else {}
     text = f"{name} of {request.kind}: no form brim knows fits ({_short(failed)}); pass make_inputs"
     raise ProbeFailed(text) from failed
 
 
-def _list_image_forms(request: Any) -> Iterator[dict[str, Make]]:
+def _list_taken(request: Any, medium: str) -> frozenset[str]:
+    """Names the forward takes, or hands on to what encodes the medium."""
+    names = set(request.takes)
+    for method in _list_encoders(request.model, medium):
+        names |= set(inspect.signature(method).parameters) - {"input_ids", "args", "kwargs"}
+    return frozenset(names)
+
+
+def _takes_any(model: Any) -> bool:
+    kinds = inspect.signature(model.forward).parameters.values()
+    return any(one.kind is inspect.Parameter.VAR_KEYWORD for one in kinds)
+
+
+def _list_encoders(model: Any, medium: str) -> Iterator[Any]:
+    """Yield the methods that encode a medium: the outer model's first, then the inner one's."""
+    for name in _FEATURES[medium]:
+        for owner in (model, getattr(model, "model", None)):
+            method = getattr(owner, name, None)
+            if method is not None:
+                yield method
+
+
+def _list_image_forms(request: Any, takes: frozenset[str]) -> Iterator[dict[str, Make]]:
     """Yield forms images are read in, those the signature names first."""
-    config, batch, takes = request.config, request.batch, request.takes
+    config, batch = request.config, request.batch
     vision = find_vision(config)
     channels = first_number(vision, ("num_channels", "in_channels", "in_chans", "input_channels"), 3)
     if "image_grid_thw" in takes:
         patch = first_number(vision, ("patch_size", "spatial_patch_size"), 14)
-        frames = first_number(vision, ("temporal_patch_size",), 1)
+        frames = first_number(vision, ("temporal_patch_size", "patch_temporal"), 1)
+        window = patch * first_number(vision, ("spatial_merge_size", "merge_size"), 2)
         rows = batch * _GRID * _GRID
         grid = [[1, _GRID, _GRID]] * batch
-        for shape in ((rows, channels * frames * patch * patch), (rows, channels, patch, patch)):
+        flat_patches = (rows, channels * frames * patch * patch)
+        for shape in (flat_patches, (rows, channels, patch, patch), (rows, window, window, channels)):
             yield _given(
                 takes, pixel_values=_values(request, shape), image_grid_thw=lambda: torch.tensor(grid),
                 image_merge_sizes=lambda: torch.tensor([first_number(vision, ("spatial_merge_size",), 2)] * batch),
@@ -91,7 +122,8 @@ def _list_image_forms(request: Any) -> Iterator[dict[str, Make]]:
             cross_attention_mask=lambda: torch.ones(batch, request.length, 1, tiles, dtype=torch.long),
         )  # fmt: skip
     if "image_position_ids" in takes:
-        kernel, patch = first_number(vision, ("pooling_kernel_size",), 3), first_number(vision, ("patch_size",), 16)
+        kernel = first_number(vision, ("pooling_kernel_size",), 3)
+        patch = first_number(vision, ("model_patch_size", "patch_size"), 16)
         side = _POOLED * kernel
         places = [[[at % side, at // side] for at in range(side * side)]] * batch
         yield _given(
@@ -109,14 +141,31 @@ def _list_image_forms(request: Any) -> Iterator[dict[str, Make]]:
     flat, tiled = (batch, channels, height, width), (batch, 1, channels, height, width)
     frames = first_number(vision, ("num_frames", "frames"), 0)
     forms = [flat, tiled, *((batch, count, channels, height, width) for count in (2, 3))]
+    patch = first_number(vision, ("patch_size",), 16)
+    patches = (batch, (height // patch) * (width // patch), channels * patch * patch)
+    forms = [patches, *forms] if "image_patches" in takes else forms
     if "pixel_attention_mask" in takes:
         forms = [tiled, flat]
     elif frames:
         forms = [(batch, frames, channels, height, width), flat]
     for shape in forms:
-        yield _given(takes, pixel_values=_values(request, shape))
+        yield _given(takes, pixel_values=_values(request, shape), high_res_pixel_values=_fine(request, channels))
         if "image_sizes" in takes:
             yield _given(takes, pixel_values=_values(request, shape), image_sizes=lambda: torch.tensor(sizes))
+
+
+def _fine(request: Any, channels: int) -> Make:
+    """The image once more, as large as a second encoder reads it."""
+    part = getattr(request.config, "high_res_vision_config", None) or request.config
+    return _values(request, (request.batch, channels, *find_size(part)))
+
+
+def _flattened_patches(request: Any) -> Make:
+    """Patches with their row and column before them. Source: transformers models/pix2struct/image_processing_*.py."""
+    vision = find_vision(request.config)
+    patches = first_of_all(request.config, ("seq_len",), 2048)
+    width = first_of_all(request.config, ("patch_embed_hidden_size",), first_number(vision, ("hidden_size",), 768))
+    return _values(request, (request.batch, min(patches, 2048), width + 2))
 
 
 def _given(takes: frozenset[str], **makers: Make) -> dict[str, Make]:
@@ -125,13 +174,18 @@ def _given(takes: frozenset[str], **makers: Make) -> dict[str, Make]:
 
 def _values(request: Any, shape: tuple[int, ...]) -> Make:
     """Values in the weights' dtype, none of them zero: some models take empty images for padding."""
-    dtype = next((one.dtype for one in request.model.parameters() if one.is_floating_point()), torch.float32)
+    dtype = find_dtype(request.model)
     return lambda: torch.ones(shape, dtype=dtype)
 
 
-def _list_sound_forms(request: Any) -> Iterator[dict[str, Make]]:
+def find_dtype(model: Any) -> torch.dtype:
+    """Return the dtype of a model's weights."""
+    return next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
+
+
+def _list_sound_forms(request: Any, takes: frozenset[str]) -> Iterator[dict[str, Make]]:
     """Yield forms sound is read in: Whisper's (bands, frames), then (frames, bands)."""
-    config, batch, takes = request.config, request.batch, request.takes
+    config, batch = request.config, request.batch
     names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "n_mels", "input_dim")
     bands = first_of_all(config, names, 80)
     positions = first_of_all(config, ("max_source_positions",), 0)
@@ -165,19 +219,17 @@ def _waves(request: Any) -> Make:
 
 def count_tokens(model: Any, medium: str, given: Mapping[str, Make]) -> int:
     """Return how many tokens a micro-batch's media become, from the model's own encoder."""
-    for name in _FEATURES[medium]:
-        for owner in (model, getattr(model, "model", None)):
-            method = getattr(owner, name, None)
-            if method is None:
-                continue
-            takes = inspect.signature(method).parameters
-            whole = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in takes.values())
-            hidden = whole and not any(name in takes for name in ("pixel_values", "input_features"))
-            inputs = {key: make() for key, make in given.items() if key in takes or hidden}
-            if "qformer_input_ids" in takes:  # a question, which changes no shape
-                inputs["qformer_input_ids"] = torch.zeros(len(inputs["pixel_values"]), 1, dtype=torch.long)
-            with torch.no_grad():
-                return _count_rows(method(**inputs))
+    medium_takes = {one for method in _list_encoders(model, medium) for one in inspect.signature(method).parameters}
+    for method in _list_encoders(model, medium):
+        takes = inspect.signature(method).parameters
+        whole = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in takes.values())
+        hidden = whole and not any(name in takes for name in ("pixel_values", "input_features"))
+        passed = hidden or (whole and medium_takes.issuperset(given))
+        inputs = {key: make() for key, make in given.items() if key in takes or passed}
+        if "qformer_input_ids" in takes:  # a question, which changes no shape
+            inputs["qformer_input_ids"] = torch.zeros(len(inputs["pixel_values"]), 1, dtype=torch.long)
+        with torch.no_grad():
+            return _count_rows(method(**inputs))
     return 0
 
 

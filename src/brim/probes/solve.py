@@ -6,11 +6,12 @@ row rules out); the plan's own micro-batch is traced by itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import groupby
 from typing import NamedTuple
 
-from brim.cost.ledger import Moment
+from brim.cost.ledger import Ledger, Moment
 from brim.probes.phases import UNCOUNTED
 from brim.probes.pieces import STRIDE, Event, Piece
 from brim.probes.stream import Traced, list_moments
@@ -95,7 +96,7 @@ def solve(small: Traced, large: Traced, sizes: tuple[int, int] = SOLVED_AT) -> S
 
 def _outline(piece: Piece) -> tuple[object, ...]:
     """Return everything about a piece but sizes."""
-    events = [(event.key, event.phase, event.layer, event.num_bytes > 0) for event in piece.events]
+    events = [(event.key, event.phase, event.layer, event.num_bytes > 0) for event in _order_frees(piece.events)]
     return piece.repeats, events
 
 
@@ -109,6 +110,29 @@ def _resized(event: Event, sizes: Mapping[int, int]) -> Event:
         return event
     size = sizes[event.key % STRIDE]
     return event._replace(num_bytes=size if event.num_bytes > 0 else -size)
+
+
+def extend_moment(small: Moment, large: Moment, sizes: tuple[int, int, int]) -> Moment:
+    """Return a moment on the line through two, row by row, where their streams differ in more than sizes.
+
+    Args:
+        small: the moment at the smaller of two micro-batches.
+        large: the same at the larger.
+        sizes: micro-batch asked for, that of `small`, that of `large`.
+    """
+    wanted, first, second = sizes
+    rows = {}
+    for row in fields(Ledger):
+        one, other = getattr(small.ledger, row.name), getattr(large.ledger, row.name)
+        rows[row.name] = max(0, one + (other - one) * (wanted - first) // (second - first))
+    return Moment(name=small.name, ledger=Ledger(**rows))
+
+
+def _order_frees(events: Sequence[Event]) -> Iterator[Event]:
+    """Yield the stream with frees that follow one another in order of birth: hash maps (autocast's cache) give up their
+    tensors in any order."""
+    for frees, stretch in groupby(events, key=lambda one: one.num_bytes < 0):
+        yield from sorted(stretch, key=lambda one: one.key if frees else 0)
 
 
 def _rounded(num_bytes: int) -> int:

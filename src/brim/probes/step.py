@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.autograd.graph import get_gradient_edge
 
-from brim.errors import MissingExtra
+from brim.errors import MissingExtra, ProbeFailed
 from brim.probes.checkpointing import offloads_saved_tensors
 from brim.probes.dtypes import torch_dtype
 from brim.probes.inputs import MakeInputs
@@ -197,7 +198,7 @@ def _load(step: Step) -> Inputs:
 
 def _count_labels(step: Step) -> torch.Tensor | None:
     """Source: transformers trainer.py _get_num_items_in_batch."""
-    if not step.counts_labels or not all("labels" in inputs for inputs in step.batches):
+    if not step.counts_labels or not all(isinstance(inputs.get("labels"), torch.Tensor) for inputs in step.batches):
         return None
     return sum(inputs["labels"][..., 1:].ne(-100).sum() for inputs in step.batches)  # type: ignore[return-value]
 
@@ -214,8 +215,10 @@ def _micro_batch(step: Step, inputs: Inputs, count: torch.Tensor | None) -> None
             loss = loss / step.strategy.gradient_accumulation_steps
         step.tracker.label_live(started, "activation")
         step.begin(LOSS_BACKWARD)
-        # Not loss.backward(): that would switch function modes off inside.
-        torch.autograd.backward(loss if step.scaler is None else step.scaler.scale(loss))
+        scaled = loss if step.scaler is None else step.scaler.scale(loss)
+        # Not from the tensor: that would switch function modes off inside, and what is recomputed needs them.
+        torch.autograd.backward(get_gradient_edge(scaled))
+        del scaled
     step.kept_loss = loss.detach() if step.loop.keeps_loss else None
     _label_gradients(step)
 
@@ -233,6 +236,8 @@ def _compute_loss(step: Step, inputs: Inputs, count: torch.Tensor | None) -> tup
 def _find_loss(outputs: Any) -> torch.Tensor:
     """Source: transformers trainer.py compute_loss; a model of one's own may return any object with a loss."""
     if isinstance(outputs, Mapping):
+        if outputs.get("loss") is None:
+            raise ProbeFailed("its forward returns no loss for the labels it is given; pass a build_model whose does")
         return outputs["loss"]
     if isinstance(outputs, torch.Tensor):
         return outputs

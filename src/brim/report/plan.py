@@ -144,7 +144,10 @@ def describe_speed(plan: Plan) -> str:
     """Return seconds per step, tokens per second and the time of an epoch, as far as known."""
     time = plan.estimate.step_time
     if time is None:
-        return f"not predicted: {plan.estimate.source} knows no rates of {plan.workload.cluster.device.name}"
+        model, device = plan.workload.model, plan.workload.cluster.device
+        if plan.estimate.source == "trace" and not model.groups:
+            return f"not predicted: the formula says it, and does not know model_type {model.model_type}"
+        return f"not predicted: {plan.estimate.source} knows no rates of {device.name}"
     num_devices = plan.workload.cluster.num_devices
     tokens = time.tokens_per_second_per_device
     words = [f"{format_seconds(time.step_seconds)} per step of {format_count(plan.effective_batch_tokens)} tokens"]
