@@ -166,7 +166,7 @@ def _kept_by_layers(parts: _Parts) -> Size:
 
 
 def _kept(parts: _Parts, block: Block) -> Size:
-    return ZERO if parts.strategy.activation_offload else block.kept
+    return block.clinging if parts.strategy.activation_offload else block.kept
 
 
 def _cached_below(parts: _Parts, index: int) -> Size:
@@ -222,14 +222,18 @@ def _backward_rows(parts: _Parts) -> Iterator[Rows]:
         group, block = parts.layers[index]
         name, per_layer = _group_name("backward", parts, index), layer_gradient_bytes(group, recipe)
         below, beside = below - _kept(parts, block), _input_beside(parts, block)
+        if block.hangs_apart:
+            below = below + block.clinging
         for instant in block.backward:
             yield _busy(parts, name, instant, below + beside, made, held)
         rest = group.count - 1
-        below, made = below - _kept(parts, block).times(rest), made + per_layer * rest
+        below, made = below - (_kept(parts, block) - block.clinging).times(rest), made + per_layer * rest
         if rest:
             for instant in block.backward:
                 yield _busy(parts, name, instant, below + beside, made, held)
         made += per_layer
+        if not block.hangs_apart:
+            below = below + block.clinging
     yield from _embedding_rows(parts, held)
 
 

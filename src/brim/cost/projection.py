@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+from brim.cost.eight_bit import multiply_eight_bit
 from brim.cost.setting import Setting
 from brim.cost.tape import ZERO, Size, Tape, Tensor, fixed, per_token
 from brim.spec.model import Linear
@@ -27,19 +28,10 @@ def project(
     c = setting.compute_bytes
     is_expert = copies > 1 and setting.fused_experts
     quantised = setting.quantization is not None and not is_expert and not is_output
-    trains = setting.trains_base
-    working = _working_weight(linear, setting, quantised)
-    narrow = _cast_input(tape, x, linear, setting, tokens)
-    weight_copy = [] if quantised else _cast_weight(tape, linear, setting, copies, is_output)
-    output = tape.op(
-        linear.name, [narrow], per_token(round(c * linear.out_features * tokens)),
-        saves=[*weight_copy, narrow] if trains or (quantised and _keeps_inputs(setting)) else weight_copy,
-        scratch=working, grad_scratch=working,
-        weight_grad=fixed(linear.num_parameters * copies * setting.weight_bytes) if trains else ZERO,
-    )  # fmt: skip
-    tape.hold(x, *weight_copy)
-    if quantised:
-        output = _widen_output(tape, x, narrow, output, linear, setting)
+    if quantised and setting.quantization is not None and setting.quantization.kind == "int8":
+        output = multiply_eight_bit(tape, x, linear, setting, tokens)
+    else:
+        output = _multiply(tape, x, linear, setting, copies, tokens, quantised=quantised, is_output=is_output)
     if setting.code.adds_bias and linear.bias:
         element = max(c, setting.residual_bytes if setting.autocast else c)
         output = tape.op("bias", [output], per_token(round(element * linear.out_features * tokens)))
@@ -48,6 +40,25 @@ def project(
         output = _adapt(tape, x, output, linear, setting, tokens)
         tape.hold(x)  # the caller of a module has its argument until it returns
     return output
+
+
+def _multiply(
+    tape: Tape, x: Tensor, linear: Linear, setting: Setting, copies: int, tokens: Fraction | int, *,
+    quantised: bool, is_output: bool,
+) -> Tensor:  # fmt: skip
+    """A product in the compute dtype, with the matrix as it is or unpacked from 4 bits."""
+    working, trains = _working_weight(linear, setting, quantised), setting.trains_base
+    narrow = _cast_input(tape, x, linear, setting, tokens)
+    weight_copy = [] if quantised else _cast_weight(tape, linear, setting, copies, is_output)
+    output = tape.op(
+        linear.name, [narrow], per_token(round(setting.compute_bytes * linear.out_features * tokens)),
+        saves=[*weight_copy, narrow] if trains else weight_copy,
+        clings=[narrow] if quantised and _keeps_inputs(setting) else (),
+        scratch=working, grad_scratch=working,
+        weight_grad=fixed(linear.num_parameters * copies * setting.weight_bytes) if trains else ZERO,
+    )  # fmt: skip
+    tape.hold(x, *weight_copy)
+    return _widen_output(tape, x, narrow, output, linear, setting) if quantised else output
 
 
 def _widen_output(tape: Tape, x: Tensor, narrow: Tensor, output: Tensor, linear: Linear, setting: Setting) -> Tensor:
@@ -63,6 +74,7 @@ def _widen_output(tape: Tape, x: Tensor, narrow: Tensor, output: Tensor, linear:
 
 
 def _keeps_inputs(setting: Setting) -> bool:
+    """Source: bitsandbytes before 0.44 autograd/_functions.py MatMul4Bit: `ctx.tensors`, out of checkpointing's sight."""
     return setting.quantization is not None and setting.quantization.keeps_inputs
 
 

@@ -79,8 +79,8 @@ class _Kind(NamedTuple):
     script: Script
     rest: tuple[int, ...]
     """What each expert that does not run keeps, bytes."""
-    attention: int
-    """Attention outputs that selective checkpointing keeps, bytes."""
+    beside: tuple[int, ...]
+    """What checkpointing keeps beside the input: attention outputs if selective, what hangs on the graph; bytes."""
     cached: tuple[int, ...]
     """16-bit weights that autocast keeps until the forward pass ends, bytes each."""
     gradients: tuple[int, ...]
@@ -101,11 +101,19 @@ def _read_kind(group: LayerGroup, job: _Job, folded: bool) -> _Kind:
         rest = ((_count_left(block, job.tokens) - _count_left(part, job.tokens)) // max(1, idle),) * idle
     return _Kind(
         script=write_script(part, job.tokens), rest=rest,
-        attention=block.attention_kept.at(job.tokens) if mode == "selective" else 0,
+        beside=_list_beside(block, job),
         cached=tuple(copy.at(job.tokens) for copy in block.copies) if job.checkpointed else (),
         gradients=list_layer_gradients(group, recipe),
         reentrant=reentrant,
     )  # fmt: skip
+
+
+def _list_beside(block: Block, job: _Job) -> tuple[int, ...]:
+    """Return what checkpointing keeps beside the input of a layer, bytes; nothing without it."""
+    if not job.checkpointed:
+        return ()
+    attention = block.attention_kept.at(job.tokens) if job.strategy.activation_checkpointing == "selective" else 0
+    return attention, *(size.at(job.tokens) for size in block.hanging)
 
 
 def _with_fewer_experts(moe: Moe) -> Moe:
@@ -184,7 +192,7 @@ class _Checkpointed(_Layer):
         script, player = self.script, self.player
         base = player.name(script)
         player.play(script.evaluation, base)
-        self.extra = [stream, *player.hold(self.kind.attention)]
+        self.extra = [stream, *player.hold(*self.kind.beside)]
         if self.offloaded:
             self.release()
         return base + script.evaluation_output[0]
@@ -192,8 +200,8 @@ class _Checkpointed(_Layer):
     def prepare(self) -> list[int]:
         """Run again; return what the backward pass leaves over."""
         script, player = self.script, self.player
-        stream, *attention = self.extra or player.hold(script.stream_bytes)
-        player.drop(attention)
+        stream, *beside = self.extra or player.hold(script.stream_bytes)
+        player.drop(beside)
         self.base = player.name(script)
         given = _receive(player, script, self.base, stream)
         player.play(script.forward, self.base)
