@@ -1,12 +1,13 @@
 """Tapes of attention: projections, positions, and the kernel.
 
 Read from transformers 5.23 models/*/modeling_*.py and integrations/sdpa_attention.py, and torch 2.13.
-Leaves out: attention dropout, which only pre-2020 architectures train with; the math kernel that SDPA falls back to
-on CUDA where one key head meets many query heads unrepeated (Falcon-7B).
+Leaves out: the math kernel that SDPA falls back to on CUDA where one key head meets many query heads unrepeated
+(Falcon-7B). Fused kernels keep the seed of attention's dropout, 16 bytes.
 """
 
 from __future__ import annotations
 
+from brim.cost.dropout_masks import drop_out
 from brim.cost.norms import normalise
 from brim.cost.projection import project
 from brim.cost.setting import Setting
@@ -206,6 +207,7 @@ def _eager(tape: Tape, attention: Attention, setting: Setting, q: Tensor, k: Ten
     narrow = soft
     if size.per_token > c * seen:
         narrow = tape.op("softmax cast", [soft], per_token(c * heads * setting.attended_len))
+    narrow = drop_out(tape, narrow, heads * setting.attended_len, setting.dropout.attention_dropout)
     out = tape.op("attention", [narrow, v], per_token(c * attention.out_size), saves=[narrow, v])
     return tape.op("attention transpose", [out], out.size)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import NamedTuple
 
+from brim.cost.dropout_masks import drop_out
 from brim.cost.projection import project
 from brim.cost.setting import Setting
 from brim.cost.tape import ZERO, Tape, Tensor, per_token
@@ -40,6 +41,7 @@ def feed_dense(tape: Tape, mlp: Mlp, setting: Setting, x: Tensor) -> Tensor:
     made = [project(tape, x, linear, setting) for linear in mlp.linears[:-1]]
     element = made[0].size.per_token // mlp.linears[0].out_features
     inner = combine(tape, made, mlp.intermediate_size, mlp.gated, mlp.hidden_act, setting, element=element)
+    inner = drop_out(tape, inner, mlp.intermediate_size, setting.dropout.activation_dropout)
     widened = per_token(setting.weight_bytes * mlp.intermediate_size)
     if setting.code.widens_inner and inner.size.per_token < widened.per_token:
         inner = tape.op("inner cast", [inner], widened)

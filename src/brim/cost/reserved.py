@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from brim.cost.allocator import CachingAllocator
 from brim.cost.blocks import Block, cost_head, cost_layer
+from brim.cost.dropout_masks import embedding_masks
 from brim.cost.overhead import context_bytes, held_logits, input_bytes, workspace_bytes
 from brim.cost.scripts import Act, Player, Script, find_last_large, write_script
 from brim.cost.setting import Setting, read_setting
@@ -270,7 +271,8 @@ class _Process:
         head, tail = ((), ()) if made else self.gradient_sizes
         if self.tied:  # the output's part is made each time, and waits for the embedding's
             head = self.gradient_sizes[0]
-        inputs = player.hold(input_bytes(job.setting).at(job.tokens))
+        masks = embedding_masks(self.shape, job.setting).at(job.tokens)
+        inputs = player.hold(input_bytes(job.setting).at(job.tokens), masks)
         (stream,) = player.hold((self.layers[0].script if self.layers else self.head).stream_bytes)
         cached: list[int] = []
         for layer in self.layers:

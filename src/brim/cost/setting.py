@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from brim.cost.modeling import Modeling, find_modeling
 from brim.errors import UnsupportedModel
-from brim.spec.model import Attention, Linear, ModelShape, Moe, NormKind
+from brim.spec.model import Attention, Dropout, Linear, ModelShape, Moe, NormKind
 from brim.spec.recipe import Lora, Quantization, Recipe
 from brim.spec.strategy import AttentionKernel, Strategy
 from brim.spec.workload import Workload
@@ -68,6 +68,8 @@ class Setting:
     """Attention masks the model builds once for all layers: for full attention, for windows."""
     code: Modeling
     """How transformers writes the architecture."""
+    dropout: Dropout = Dropout()
+    """What the model itself drops out while it trains."""
 
     def masks(self, attention: Attention) -> bool:
         """Whether a mask reaches SDPA in this attention block: padding, or a window shorter than the sequence.
@@ -128,6 +130,7 @@ def read_setting(workload: Workload, strategy: Strategy) -> Setting:
         attended_len=seq_len * (strategy.micro_batch_size if is_flattened(workload, strategy) else 1),
         masked=is_masked(workload, strategy), repeats_kv=recipe.engine.repeats_kv,
         fused_experts=recipe.engine.fused_experts, num_masks=0, code=code,
+        dropout=workload.model.dropout,
     )  # fmt: skip
     return replace(setting, num_masks=_count_masks(workload.model, setting))
 
