@@ -68,8 +68,14 @@ def _copied_heads(tape: Tape, attention: Attention, setting: Setting, fused: Ten
     c, several = setting.compute_bytes, attention.num_key_value_heads > 1
     sizes = (attention.q_size, attention.out_size) if several else (attention.k_size, attention.v_size)
     k, v = (tape.op("repeated heads", [fused], per_token(c * size)) for size in sizes)
-    q = _position(tape, fused, attention.q_size, attention, setting)
-    return q, _position(tape, k, sizes[0], attention, setting), v
+    q, k = (_rotate(tape, x, size, attention, setting) for x, size in ((fused, attention.q_size), (k, sizes[0])))
+    return q, k, v
+
+
+def _rotate(tape: Tape, x: Tensor, size: int, attention: Attention, setting: Setting) -> Tensor:
+    """Queries or keys as the kernel reads them: rotated with fp32 cosines they are fp32, and cast."""
+    rotated = _position(tape, x, size, attention, setting)
+    return _narrow(tape, rotated, size, setting) if attention.rotary else rotated
 
 
 def _latent_inputs(tape: Tape, attention: Attention, setting: Setting, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
