@@ -16,7 +16,7 @@ from brim.cost.blocks import Block, cost_head, cost_layer
 from brim.cost.calibration import margin_bytes
 from brim.cost.dropout_masks import embedding_masks
 from brim.cost.ledger import Estimate, Ledger, Moment
-from brim.cost.overhead import context_bytes, held_logits, input_bytes, workspace_bytes
+from brim.cost.overhead import context_bytes, held_logits, input_bytes, unpacking_bytes, workspace_bytes
 from brim.cost.setting import Setting, is_flattened, is_masked, read_setting
 from brim.cost.states import States, count_states, layer_gradient_bytes, step_temporaries_bytes
 from brim.cost.tape import ZERO, Instant, Size, fixed, per_token
@@ -129,7 +129,7 @@ def _read_parts(workload: Workload, strategy: Strategy) -> _Parts:
 def _profile(parts: _Parts) -> Profile:
     workload = parts.workload
     rows = tuple(_moments(parts))
-    overhead = workspace_bytes(workload.cluster.device)
+    overhead = workspace_bytes(workload.cluster.device) + unpacking_bytes(workload.model, parts.setting)
     inputs = input_bytes(parts.setting)
     communication = _communication_bytes(parts)
     always = fixed(parts.states.parameters_bytes + overhead + communication) + inputs

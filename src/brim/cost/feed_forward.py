@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from brim.cost.dropout_masks import drop_out
-from brim.cost.projection import project
+from brim.cost.projection import FUSED_GATE, project
 from brim.cost.setting import Setting
 from brim.cost.tape import ZERO, Tape, Tensor, per_token
 from brim.spec.model import Mlp
@@ -46,8 +46,20 @@ def feed_dense(tape: Tape, mlp: Mlp, setting: Setting, x: Tensor) -> Tensor:
     if setting.code.widens_inner and inner.size.per_token < widened.per_token:
         inner = tape.op("inner cast", [inner], widened)
     out = project(tape, inner, mlp.linears[-1], setting)
+    if setting.fused_gate and setting.fused_adapters:
+        _hold_inner_gradient(tape, made, inner)
     tape.hold(x, *(made if len(made) == 1 and mlp.gated else ()))  # models/phi3 Phi3MLP.forward: `gate` is a view
     return out
+
+
+def _hold_inner_gradient(tape: Tape, made: list[Tensor], inner: Tensor) -> None:
+    """The whole block goes back in one function, which has the inner gradient in a variable until it returns.
+
+    Source: unsloth kernels/fast_lora.py LoRA_MLP.backward.
+    """
+    for op in tape.ops:
+        if any(op.output is tensor for tensor in made):
+            op.grad_scratch = op.grad_scratch + inner.size
 
 
 def combine(
@@ -62,7 +74,7 @@ def combine(
     """
     out = per_token(round(element * width * tokens))
     if gated and setting.fused_gate:
-        return tape.op("gated activation", made, out, saves=made)
+        return tape.op(FUSED_GATE, made, out, saves=made, grad_in_place=True)
     if not gated:
         return activate(tape, made[0], round(width * tokens), act, setting, element)
     active = activate(tape, made[0], round(width * tokens), act, setting, element)

@@ -13,6 +13,10 @@ from brim.cost.tape import ZERO, Size, Tape, Tensor, fixed, per_token
 from brim.spec.model import Linear
 
 
+FUSED_GATE = "gated activation"
+"""Name of what a fused gate makes out of the projections it keeps."""
+
+
 def project(
     tape: Tape, x: Tensor, linear: Linear, setting: Setting, *,
     copies: int = 1, tokens: Fraction | int = 1, is_output: bool = False,
@@ -48,13 +52,14 @@ def _multiply(
 ) -> Tensor:  # fmt: skip
     """A product in the compute dtype, with the matrix as it is or unpacked from 4 bits."""
     working, trains = _working_weight(linear, setting, quantised), setting.trains_base
+    buffered = setting.unpacking_buffer and setting.adapts(linear)
     narrow = _cast_input(tape, x, linear, setting, tokens)
     weight_copy = [] if quantised else _cast_weight(tape, linear, setting, copies, is_output)
     output = tape.op(
         linear.name, [narrow], per_token(round(setting.compute_bytes * linear.out_features * tokens)),
         saves=[*weight_copy, narrow] if trains else weight_copy,
         clings=[narrow] if quantised and _keeps_inputs(setting) else (),
-        scratch=working, grad_scratch=working,
+        scratch=ZERO if buffered else working, grad_scratch=working,
         weight_grad=fixed(linear.num_parameters * copies * setting.weight_bytes) if trains else ZERO,
     )  # fmt: skip
     tape.hold(x, *weight_copy)
@@ -112,14 +117,14 @@ def _adapt(tape: Tape, x: Tensor, base: Tensor, linear: Linear, setting: Setting
 
     Source: peft tuners/lora/layer.py Linear.forward: the input is cast to the adapter's dtype, the sum is made
     in the wider dtype and cast back; tuners/lora/bnb.py Linear4bit.forward casts the adapter's part before the sum.
-    Unsloth's fused form keeps only the input.
+    Fused forms add to the matrix's own result.
     """
     c, width = setting.compute_bytes, round(linear.out_features * tokens)
     a = c if setting.autocast else setting.adapter_bytes
     out = base.size
     if setting.fused_adapters:
-        dropped = [tape.op("adapter dropout", [x], x.size)] if setting.adapter_dropout else []
-        return tape.op("adapter", [*dropped, base], ZERO, saves=[x, *dropped], passes_grad=True)
+        _keep_for_fused(tape, x, setting)
+        return base
     source = _adapter_input(tape, x, linear, setting, tokens)
     down = tape.op(
         "adapter down", [source], per_token(round(a * setting.adapter_rank * tokens)),
@@ -140,6 +145,17 @@ def _adapt(tape: Tape, x: Tensor, base: Tensor, linear: Linear, setting: Setting
     total = tape.op("adapter sum", [base, scaled], out, passes_grad=True)
     tape.hold(source)
     return total
+
+
+def _keep_for_fused(tape: Tape, x: Tensor, setting: Setting) -> None:
+    """The input is kept, and what of it dropout leaves; of an MLP's last matrix the kept projections give the input.
+
+    Source: unsloth kernels/fast_lora.py LoRA_QKV, LoRA_W, LoRA_MLP.
+    """
+    if setting.adapter_dropout:
+        tape.op("adapter dropout", [x], x.size, saves_output=True)
+    if x.name != FUSED_GATE:
+        tape.keep(x)
 
 
 def _cast_adapter(tape: Tape, width: int, setting: Setting) -> list[Tensor]:

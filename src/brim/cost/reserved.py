@@ -20,7 +20,7 @@ from typing import NamedTuple
 from brim.cost.allocator import CachingAllocator
 from brim.cost.blocks import Block, cost_head, cost_layer
 from brim.cost.dropout_masks import embedding_masks
-from brim.cost.overhead import context_bytes, held_logits, input_bytes, workspace_bytes
+from brim.cost.overhead import context_bytes, held_logits, input_bytes, unpacking_bytes, workspace_bytes
 from brim.cost.scripts import Act, Player, Script, find_last_large, write_script
 from brim.cost.setting import Setting, read_setting
 from brim.cost.states import States, count_states, largest_trained_tensor, step_temporaries_bytes
@@ -263,7 +263,8 @@ class _Process:
         self.cuts = largest_trained_tensor(shape, recipe) * gradient_bytes(recipe) > MIB
         self.gradients: list[int] = []
         self.moments: list[int] = []
-        self.player.hold(*list_weights(shape, recipe, self.states), workspace_bytes(device))
+        lasting = workspace_bytes(device), unpacking_bytes(shape, job.setting)
+        self.player.hold(*list_weights(shape, recipe, self.states), *lasting)
 
     def run_micro_batch(self) -> None:
         """Forward, loss and backward pass of one micro-batch."""

@@ -52,6 +52,8 @@ class Setting:
     """Whether a gated MLP keeps only its two projections."""
     fused_adapters: bool
     """Whether an adapter is one kernel with its matrix and keeps only the input."""
+    unpacking_buffer: bool
+    """Whether products unpack quantised matrices forward into one buffer that is never given back."""
     loss_in_place: bool
     """Whether cross-entropy writes its gradient over the logits."""
     seq_len: int
@@ -126,6 +128,7 @@ def read_setting(workload: Workload, strategy: Strategy) -> Setting:
         fused_norm=kernels.norm, fused_rotary=kernels.rotary,
         fused_gate=kernels.gate == "always" or (kernels.gate == "adapted" and _adapts_mlp(lora)),
         fused_adapters=kernels.adapters == "always" or (kernels.adapters == "quantised" and quantised),
+        unpacking_buffer=kernels.unpacking_buffer and quantised and lora is not None and not lora.dropout,
         loss_in_place=kernels.loss_in_place, seq_len=seq_len,
         attended_len=seq_len * (strategy.micro_batch_size if is_flattened(workload, strategy) else 1),
         masked=is_masked(workload, strategy), repeats_kv=recipe.engine.repeats_kv,

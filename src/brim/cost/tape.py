@@ -135,6 +135,10 @@ class Tape:
         )  # fmt: skip
         return output
 
+    def keep(self, *tensors: Tensor) -> None:
+        """Let the last recorded operation save tensors too."""
+        self.ops[-1].saves += tensors
+
     def hold(self, *tensors: Tensor) -> None:
         """Keep tensors until the last recorded operation is done: a local variable, or a caller's, has them."""
         self.ops[-1].holds += tensors
