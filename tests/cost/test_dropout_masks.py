@@ -86,7 +86,7 @@ def test_a_decoder_beside_an_encoder_sees_no_padding_mask() -> None:
 
 
 def test_t5_fills_its_cache_while_it_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys and values of both attentions of 12 decoder layers, 768 columns each, in 16 bit, are there with the logits."""
+    """Keys and values of both attentions of 12 layers, 768 columns each in 16 bit, are there with the logits."""
     totals = []
     for code in (modeling._T5, replace(modeling._T5, keeps_cache=False)):
         monkeypatch.setitem(modeling._MODELING, "t5", code)

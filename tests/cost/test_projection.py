@@ -47,7 +47,9 @@ def test_a_layer_under_unsloth_by_hand() -> None:
     assert found == per_token(2 * sixteen_bit + 2 * 4 + 4 * 32)
 
 
-@pytest.mark.parametrize(("kernels", "dropout", "buffered"), [("unsloth", 0.0, True), ("unsloth", 0.1, False), ("foak", 0.0, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kernels", "dropout", "buffered"), [("unsloth", 0.0, True), ("unsloth", 0.1, False), ("foak", 0.0, False)]
+)
 def test_a_buffer_takes_the_place_of_unpacked_matrices_forward(kernels: str, dropout: float, buffered: bool) -> None:
     """Unsloth unpacks into one buffer, without dropout; the backward pass unpacks into tensors of its own."""
     workload, setting = fused_setting(kernels, dropout=dropout)

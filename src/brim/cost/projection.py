@@ -12,7 +12,6 @@ from brim.cost.setting import Setting
 from brim.cost.tape import ZERO, Size, Tape, Tensor, fixed, per_token
 from brim.spec.model import Linear
 
-
 FUSED_GATE = "gated activation"
 """Name of what a fused gate makes out of the projections it keeps."""
 
@@ -79,7 +78,7 @@ def _widen_output(tape: Tape, x: Tensor, narrow: Tensor, output: Tensor, linear:
 
 
 def _keeps_inputs(setting: Setting) -> bool:
-    """Source: bitsandbytes before 0.44 autograd/_functions.py MatMul4Bit: `ctx.tensors`, out of checkpointing's sight."""
+    """Source: bitsandbytes before 0.44 autograd/_functions.py MatMul4Bit: `ctx.tensors`, which no hook sees."""
     return setting.quantization is not None and setting.quantization.keeps_inputs
 
 

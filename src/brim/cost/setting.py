@@ -70,7 +70,7 @@ class Setting:
     """Attention masks the model builds once for all layers: for full attention, for windows."""
     code: Modeling
     """How transformers writes the architecture."""
-    dropout: Dropout = Dropout()
+    dropout: Dropout
     """What the model itself drops out while it trains."""
 
     def masks(self, attention: Attention) -> bool:
