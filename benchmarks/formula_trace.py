@@ -30,10 +30,12 @@ CASES: tuple[dict[str, Any], ...] = (
     *({"model": name, "method": method, "activation_checkpointing": kind}
       for name in _DECODERS for method in ("full", "lora") for kind in ("none", "full")),
     *({"model": name, "method": "qlora", "activation_checkpointing": "full"} for name in _DECODERS[:2]),
-    {"model": "meta-llama/Llama-3.1-8B", "method": "qlora", "quantization": "int8", "activation_checkpointing": "none"},
+    *({"model": "meta-llama/Llama-3.1-8B", "method": "qlora", "quantization": "int8", "activation_checkpointing": kind}
+      for kind in ("none", "full")),
     {"model": "meta-llama/Llama-3.1-8B", "method": "lora", "activation_checkpointing": "selective", "trainer": "trl"},
     {"model": "meta-llama/Llama-3.1-8B", "method": "qlora", "activation_checkpointing": "none", "trainer": "trl"},
-    {"model": "Qwen/Qwen3-8B", "method": "qlora", "activation_checkpointing": "full", "trainer": "unsloth"},
+    *({"model": "Qwen/Qwen3-8B", "method": "qlora", "activation_checkpointing": kind, "trainer": "unsloth"}
+      for kind in ("none", "full")),
     {"model": "meta-llama/Llama-3.2-1B", "method": "full", "activation_checkpointing": "none", "trainer": "plain"},
     {"model": "meta-llama/Llama-3.2-1B", "method": "full", "activation_checkpointing": "full",
      "optimizer": "adafactor"},

@@ -81,6 +81,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     }),
     "vit": ("vit", {**_BERT, "image_size": 176, "patch_size": 16}),
 }  # fmt: skip
+# As their configs train: with dropout wherever the architecture has it.
+_DROPOUT: dict[str, dict[str, Any]] = {
+    "gpt2": {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
+    "gpt_neox": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
+    "bert": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
+    "t5": {"dropout_rate": 0.1},
+    "t5_gated": {"dropout_rate": 0.1},
+    "bart": {"dropout": 0.1, "activation_dropout": 0.1, "attention_dropout": 0.1},
+}  # fmt: skip
+FAMILIES |= {
+    f"{name}_dropout": (FAMILIES[name][0], FAMILIES[name][1] | numbers) for name, numbers in _DROPOUT.items()
+}
 _CLASSES = {
     "bert": "BertForSequenceClassification", "roberta": "RobertaForSequenceClassification",
     "modernbert": "ModernBertForSequenceClassification", "t5": "T5ForConditionalGeneration",
@@ -89,7 +101,7 @@ _CLASSES = {
 
 
 def tiny_config(family: str, depth: int, *, attention: str = "sdpa") -> transformers.PretrainedConfig:
-    """Return the config of a tiny model with `depth` layers (in each stack), dropout off."""
+    """Return the config of a tiny model with `depth` layers (in each stack)."""
     model_type, numbers = FAMILIES[family]
     layers: dict[str, Any] = {"num_hidden_layers": depth}
     if model_type in ("t5", "bart"):

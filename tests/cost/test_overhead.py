@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from time_jobs import job, way
 
-from brim.cost.overhead import context_bytes, held_logits, input_bytes, workspace_bytes
+from brim.cost.overhead import context_bytes, held_logits, input_bytes, unpacking_bytes, workspace_bytes
 from brim.cost.setting import read_setting
 from brim.spec.device import Device
-from brim.spec.recipe import Engine
+from brim.spec.recipe import Engine, Lora
 from brim.tables.read import find_device, list_devices
 from brim.units import GIB, KIB, MIB
 
@@ -66,3 +66,12 @@ def test_a_variable_holds_the_logits_it_was_given(alive: bool, loss: str, replac
     workload = job(engine=Engine(name="plain", logits_alive_in_backward=alive, frees_narrow_logits=replaced))
     strategy = way(loss_kernel=loss)
     assert held_logits(workload, strategy, read_setting(workload, strategy)).at(1) == size_bytes * 128_256
+
+
+def test_an_unpacking_buffer_is_as_large_as_the_largest_adapted_matrix() -> None:
+    """112 MiB in bf16 for 14,336 x 4,096, and a fp32 scale for each 64 of its elements."""
+    lora = Lora(r=16, alpha=32, target_modules=("q_proj", "up_proj"))
+    workload = job(method="qlora", lora=lora)
+    setting = read_setting(workload, way(layer_kernels="unsloth"))
+    assert unpacking_bytes(workload.model, setting) == 14336 * 4096 * 2 + 14336 * 4096 // 64 * 4
+    assert unpacking_bytes(workload.model, read_setting(workload, way())) == 0

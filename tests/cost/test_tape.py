@@ -94,6 +94,21 @@ def test_what_backward_needs_is_kept_and_the_rest_passes() -> None:
     assert run.kept == ZERO
 
 
+def test_what_hangs_on_the_graph_outlives_the_backward_pass() -> None:
+    """A node's own attribute stays as long as the graph does, with or without checkpointing; without graph it goes."""
+    tape, x = Tape(), Tensor("x", ZERO)
+    a = tape.op("a", [x], fixed(16))
+    b = tape.op("b", [a], fixed(4), clings=[a])
+    tape.op("c", [b], fixed(1))
+    for keeps, clings, left in ((True, None, 16 + 1), (False, True, 16 + 1), (False, None, 1)):
+        run = run_forward(tape, [x], keeps=keeps, clings=clings)
+        assert sum(size.fixed for size, _ in run.live.values()) == left
+    for clings, left in ((True, 16), (False, 0)):
+        run = run_forward(tape, [x], keeps=True)
+        run_backward(tape, run, clings=clings)
+        assert run.kept == fixed(left)
+
+
 def test_a_chain_backward_by_hand() -> None:
     """x(8, kept) -> a(16) -> b(32, kept) -> c(64): each gradient has its tensor's size, one follows the other."""
     tape, x = Tape(), Tensor("x", fixed(8))

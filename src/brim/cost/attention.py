@@ -1,12 +1,13 @@
 """Tapes of attention: projections, positions, and the kernel.
 
 Read from transformers 5.23 models/*/modeling_*.py and integrations/sdpa_attention.py, and torch 2.13.
-Leaves out: attention dropout, which only pre-2020 architectures train with; the math kernel that SDPA falls back to
-on CUDA where one key head meets many query heads unrepeated (Falcon-7B).
+Leaves out: the math kernel that SDPA falls back to on CUDA where one key head meets many query heads unrepeated
+(Falcon-7B). Fused kernels keep the seed of attention's dropout, 16 bytes.
 """
 
 from __future__ import annotations
 
+from brim.cost.dropout_masks import drop_out
 from brim.cost.norms import normalise
 from brim.cost.projection import project
 from brim.cost.setting import Setting
@@ -67,8 +68,14 @@ def _copied_heads(tape: Tape, attention: Attention, setting: Setting, fused: Ten
     c, several = setting.compute_bytes, attention.num_key_value_heads > 1
     sizes = (attention.q_size, attention.out_size) if several else (attention.k_size, attention.v_size)
     k, v = (tape.op("repeated heads", [fused], per_token(c * size)) for size in sizes)
-    q = _position(tape, fused, attention.q_size, attention, setting)
-    return q, _position(tape, k, sizes[0], attention, setting), v
+    q, k = (_rotate(tape, x, size, attention, setting) for x, size in ((fused, attention.q_size), (k, sizes[0])))
+    return q, k, v
+
+
+def _rotate(tape: Tape, x: Tensor, size: int, attention: Attention, setting: Setting) -> Tensor:
+    """Queries or keys as the kernel reads them: rotated with fp32 cosines they are fp32, and cast."""
+    rotated = _position(tape, x, size, attention, setting)
+    return _narrow(tape, rotated, size, setting) if attention.rotary else rotated
 
 
 def _latent_inputs(tape: Tape, attention: Attention, setting: Setting, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,6 +213,7 @@ def _eager(tape: Tape, attention: Attention, setting: Setting, q: Tensor, k: Ten
     narrow = soft
     if size.per_token > c * seen:
         narrow = tape.op("softmax cast", [soft], per_token(c * heads * setting.attended_len))
+    narrow = drop_out(tape, narrow, heads * setting.attended_len, setting.dropout.attention_dropout)
     out = tape.op("attention", [narrow, v], per_token(c * attention.out_size), saves=[narrow, v])
     return tape.op("attention transpose", [out], out.size)
 

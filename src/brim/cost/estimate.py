@@ -4,7 +4,7 @@ A step is followed through its moments: forward pass, loss, loss backward, backw
 optimizer step, evaluation, saving. Each is affine in the tokens of the micro-batch, so a workload is profiled
 once per combination of kernels and every micro-batch size is then two multiplications.
 
-Leaves out: fragmentation (in `reserved`), what user callbacks allocate, dropout of pre-2020 architectures.
+Leaves out: fragmentation (in `reserved`), what user callbacks allocate.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import NamedTuple
 
 from brim.cost.blocks import Block, cost_head, cost_layer
 from brim.cost.calibration import margin_bytes
+from brim.cost.dropout_masks import embedding_masks
 from brim.cost.ledger import Estimate, Ledger, Moment
-from brim.cost.overhead import context_bytes, held_logits, input_bytes, workspace_bytes
+from brim.cost.overhead import context_bytes, held_logits, input_bytes, unpacking_bytes, workspace_bytes
 from brim.cost.setting import Setting, is_flattened, is_masked, read_setting
 from brim.cost.states import States, count_states, layer_gradient_bytes, step_temporaries_bytes
-from brim.cost.tape import ZERO, Instant, Size, fixed
+from brim.cost.tape import ZERO, Instant, Size, fixed, per_token
 from brim.spec.model import LayerGroup
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
@@ -128,7 +129,7 @@ def _read_parts(workload: Workload, strategy: Strategy) -> _Parts:
 def _profile(parts: _Parts) -> Profile:
     workload = parts.workload
     rows = tuple(_moments(parts))
-    overhead = workspace_bytes(workload.cluster.device)
+    overhead = workspace_bytes(workload.cluster.device) + unpacking_bytes(workload.model, parts.setting)
     inputs = input_bytes(parts.setting)
     communication = _communication_bytes(parts)
     always = fixed(parts.states.parameters_bytes + overhead + communication) + inputs
@@ -162,11 +163,16 @@ def _moments(parts: _Parts) -> Iterator[Rows]:
 
 
 def _kept_by_layers(parts: _Parts) -> Size:
-    return sum((_kept(parts, block).times(group.count) for group, block in parts.layers), ZERO)
+    return sum((_kept(parts, block).times(group.count) for group, block in parts.layers), _kept_before(parts))
+
+
+def _kept_before(parts: _Parts) -> Size:
+    """What embeddings keep: offloaded with the rest, if that is."""
+    return ZERO if parts.strategy.activation_offload else embedding_masks(parts.workload.model, parts.setting)
 
 
 def _kept(parts: _Parts, block: Block) -> Size:
-    return ZERO if parts.strategy.activation_offload else block.kept
+    return block.clinging if parts.strategy.activation_offload else block.kept
 
 
 def _cached_below(parts: _Parts, index: int) -> Size:
@@ -177,6 +183,21 @@ def _cached_below(parts: _Parts, index: int) -> Size:
     """
     before = sum((block.cached.times(group.count) for group, block in parts.layers[: index + 1]), ZERO)
     return before - parts.layers[index][1].cached if index < len(parts.layers) else before
+
+
+def _cached_keys(parts: _Parts, index: int) -> Size:
+    """Return the keys and values that a decoder's cache has of the layers of a group and of those before it.
+
+    Source: models/t5 T5ForConditionalGeneration.__init__: the decoder's config is a copy, whose `use_cache` stays on.
+    In training attention keeps the same tensors, and checkpointing turns the cache off.
+    """
+    if not parts.setting.code.keeps_cache:
+        return ZERO
+    widths = [
+        group.count * sum(block.k_size + block.v_size for block in (group.attention, group.cross_attention) if block)
+        for group, _ in parts.layers[: index + 1] if group.cross_attention is not None
+    ]  # fmt: skip
+    return per_token(parts.setting.compute_bytes * sum(widths))
 
 
 def _cached_apart(parts: _Parts, index: int) -> Size:
@@ -196,7 +217,7 @@ def _busy(parts: _Parts, name: str, instant: Instant, below: Size, gradients: in
 
 
 def _forward_rows(parts: _Parts) -> Iterator[Rows]:
-    below = ZERO
+    below = _kept_before(parts)
     for index, (group, block) in enumerate(parts.layers):
         last = below + _kept(parts, block).times(group.count - 1)
         for instant in block.forward:
@@ -222,14 +243,18 @@ def _backward_rows(parts: _Parts) -> Iterator[Rows]:
         group, block = parts.layers[index]
         name, per_layer = _group_name("backward", parts, index), layer_gradient_bytes(group, recipe)
         below, beside = below - _kept(parts, block), _input_beside(parts, block)
+        if block.hangs_apart:
+            below = below + block.clinging
         for instant in block.backward:
             yield _busy(parts, name, instant, below + beside, made, held)
         rest = group.count - 1
-        below, made = below - _kept(parts, block).times(rest), made + per_layer * rest
+        below, made = below - (_kept(parts, block) - block.clinging).times(rest), made + per_layer * rest
         if rest:
             for instant in block.backward:
                 yield _busy(parts, name, instant, below + beside, made, held)
         made += per_layer
+        if not block.hangs_apart:
+            below = below + block.clinging
     yield from _embedding_rows(parts, held)
 
 
@@ -277,7 +302,7 @@ def _evaluation_rows(parts: _Parts) -> Iterator[Rows]:
         return
     for index, block in enumerate((*(block for _, block in parts.layers), parts.head)):
         for instant in block.evaluation:
-            passing = instant.kept + instant.passing + _cached_below(parts, index)
+            passing = instant.kept + instant.passing + _cached_below(parts, index) + _cached_keys(parts, index)
             gradients, states = fixed(parts.lasting_gradients), fixed(parts.states.optimizer_bytes)
             yield Rows("evaluation", gradients, states, ZERO, passing)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import NamedTuple
 
-from brim.cost.projection import project
+from brim.cost.dropout_masks import drop_out
+from brim.cost.projection import FUSED_GATE, project
 from brim.cost.setting import Setting
 from brim.cost.tape import ZERO, Tape, Tensor, per_token
 from brim.spec.model import Mlp
@@ -40,12 +41,25 @@ def feed_dense(tape: Tape, mlp: Mlp, setting: Setting, x: Tensor) -> Tensor:
     made = [project(tape, x, linear, setting) for linear in mlp.linears[:-1]]
     element = made[0].size.per_token // mlp.linears[0].out_features
     inner = combine(tape, made, mlp.intermediate_size, mlp.gated, mlp.hidden_act, setting, element=element)
+    inner = drop_out(tape, inner, mlp.intermediate_size, setting.dropout.activation_dropout)
     widened = per_token(setting.weight_bytes * mlp.intermediate_size)
     if setting.code.widens_inner and inner.size.per_token < widened.per_token:
         inner = tape.op("inner cast", [inner], widened)
     out = project(tape, inner, mlp.linears[-1], setting)
+    if setting.fused_gate and setting.fused_adapters:
+        _hold_inner_gradient(tape, made, inner)
     tape.hold(x, *(made if len(made) == 1 and mlp.gated else ()))  # models/phi3 Phi3MLP.forward: `gate` is a view
     return out
+
+
+def _hold_inner_gradient(tape: Tape, made: list[Tensor], inner: Tensor) -> None:
+    """The whole block goes back in one function, which has the inner gradient in a variable until it returns.
+
+    Source: unsloth kernels/fast_lora.py LoRA_MLP.backward.
+    """
+    for op in tape.ops:
+        if any(op.output is tensor for tensor in made):
+            op.grad_scratch = op.grad_scratch + inner.size
 
 
 def combine(
@@ -60,7 +74,7 @@ def combine(
     """
     out = per_token(round(element * width * tokens))
     if gated and setting.fused_gate:
-        return tape.op("gated activation", made, out, saves=made)
+        return tape.op(FUSED_GATE, made, out, saves=made, grad_in_place=True)
     if not gated:
         return activate(tape, made[0], round(width * tokens), act, setting, element)
     active = activate(tape, made[0], round(width * tokens), act, setting, element)

@@ -5,6 +5,7 @@ The logits chain is often the peak: one sequence of 4,096 tokens times 128,256 v
 
 from __future__ import annotations
 
+from brim.cost.dropout_masks import drop_out
 from brim.cost.layers import stream_bytes
 from brim.cost.norms import normalise
 from brim.cost.projection import project
@@ -27,6 +28,8 @@ def record_head(shape: ModelShape, setting: Setting, engine: Engine, loss: LossK
     normed = stream
     if setting.code.norm_order != "after":  # BERT's and BART's layers end in a normalisation of their own
         normed = normalise(tape, stream, shape.hidden_size, shape.final_norm, setting)
+    if setting.code.drops_output:
+        normed = drop_out(tape, normed, shape.hidden_size, setting.dropout.hidden_dropout)
     normed.held = True  # the model's forward holds its last hidden state until it returns
     if not shape.head or _pools(shape):
         _pool(tape, normed, shape, setting)

@@ -1,12 +1,15 @@
 """The tape of a layer: norms, attention, feed-forward and residual sums in the order the code runs them.
 
 Read from transformers 5.23 models/*/modeling_*.py.
-Leaves out: dropout masks of pre-2020 architectures (their configs train at 0.1: one byte per element).
+Leaves out: that Falcon drops both branches out at once, where it does at all (one byte per element of the stream).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from brim.cost.attention import attend
+from brim.cost.dropout_masks import drop_out
 from brim.cost.experts import feed_experts
 from brim.cost.feed_forward import feed_dense
 from brim.cost.norms import normalise
@@ -42,8 +45,10 @@ def stream_bytes(norm: NormKind, setting: Setting) -> int:
 def _record_parallel(tape: Tape, group: LayerGroup, setting: Setting, stream: Tensor) -> Tape:
     normed = _norm(tape, group, setting, stream)
     attended = attend(tape, group.attention, setting, normed, group.norm)
+    attended = drop_out(tape, attended, group.hidden_size, setting.dropout.hidden_dropout)
     second = _norm(tape, group, setting, stream) if group.num_norms > 1 else normed
     inner = feed_forward(tape, group, setting, second)
+    inner = drop_out(tape, inner, group.hidden_size, setting.dropout.hidden_dropout)
     both = _add(tape, group, setting, inner, attended)
     _add(tape, group, setting, both, stream)
     return tape
@@ -52,6 +57,8 @@ def _record_parallel(tape: Tape, group: LayerGroup, setting: Setting, stream: Te
 def _attend(
     tape: Tape, group: LayerGroup, setting: Setting, state: Tensor, attention: Attention, *, crosses: bool = False
 ) -> Tensor:
+    if group.cross_attention is not None and not crosses:
+        setting = replace(setting, masked=False)  # collators pad a decoder's labels, and mask its encoder's input only
     inner = attend(tape, attention, setting, _enter(tape, group, setting, state), group.norm, crosses=crosses)
     return _join(tape, group, setting, state, inner)
 
@@ -62,7 +69,8 @@ def _enter(tape: Tape, group: LayerGroup, setting: Setting, state: Tensor) -> Te
 
 
 def _join(tape: Tape, group: LayerGroup, setting: Setting, state: Tensor, branch: Tensor) -> Tensor:
-    """Add a branch to the residual stream, with the normalisations around the sum."""
+    """Add a branch to the residual stream, dropped out, with the normalisations around the sum."""
+    branch = drop_out(tape, branch, group.hidden_size, setting.dropout.hidden_dropout)
     order, sandwiched = setting.code.norm_order, group.num_norms > 2 + (group.cross_attention is not None)
     if order == "branch" or (order == "before" and sandwiched):  # Gemma and GLM normalise branches before and after
         branch = _norm(tape, group, setting, branch)

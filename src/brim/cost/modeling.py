@@ -36,6 +36,10 @@ class Modeling:
     """Whether a bias is added beside its matrix product, in its own dtype, rather than inside."""
     widens_inner: bool = False
     """Whether the feed-forward's last matrix gets its input in the dtype of its weight."""
+    drops_output: bool = False
+    """Whether the last normalisation of a stack is dropped out."""
+    keeps_cache: bool = False
+    """Whether the decoder fills its cache of keys and values though the model's config turns it off."""
     wide_router: bool = False
     """Whether the router runs on an fp32 copy of its input."""
     wide_routes: bool = False
@@ -48,7 +52,10 @@ _PLAIN = Modeling()
 _GEMMA = Modeling(norm_product="offset")
 _OLMO = Modeling(norm_order="branch", norm_product="wide")
 _BERT = Modeling(norm_order="after", softmax="autocast")
-_T5 = Modeling(norm_product="unwidened", softmax="autocast", position_bias=True, has_flash=False, widens_inner=True)
+_T5 = Modeling(
+    norm_product="unwidened", softmax="autocast", position_bias=True, has_flash=False, widens_inner=True,
+    drops_output=True, keeps_cache=True,
+)  # fmt: skip
 _DEEPSEEK = Modeling(wide_router=True, wide_routes=True)
 _MODELING = {
     "mixtral": Modeling(wide_routes=True),

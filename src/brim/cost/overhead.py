@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from brim.cost.layers import mask_bytes
+from brim.cost.parameters import layer_linears
 from brim.cost.setting import Setting
 from brim.cost.tape import ZERO, Size, per_token
 from brim.spec.device import Device
+from brim.spec.model import ModelShape
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
 from brim.units import KIB, MIB
@@ -44,6 +46,19 @@ def workspace_bytes(device: Device) -> int:
     hopper = device.compute_capability is not None and device.compute_capability[0] >= 9
     one = 32 * MIB if hopper else 2 * 4096 * KIB + 8 * 16 * KIB
     return 2 * one
+
+
+def unpacking_bytes(shape: ModelShape, setting: Setting) -> int:
+    """Return the buffer that a package unpacks quantised matrices into, bytes: as large as the largest, and its scales.
+
+    It is there from the first step on. Source: unsloth kernels/utils.py _scratch, fast_dequantize; bitsandbytes
+    functional.py quantize_4bit: an fp32 scale for each block of the matrix when unpacked.
+    """
+    if not setting.unpacking_buffer or setting.quantization is None:
+        return 0
+    linears = [linear for group in shape.groups for linear, copies in layer_linears(group) if copies == 1]
+    largest = max((linear.num_weights for linear in linears if setting.adapts(linear)), default=0)
+    return largest * setting.compute_bytes + 4 * (largest // setting.quantization.block_size)
 
 
 def context_bytes(device: Device) -> int:

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+from brim.cost.eight_bit import multiply_eight_bit
 from brim.cost.setting import Setting
 from brim.cost.tape import ZERO, Size, Tape, Tensor, fixed, per_token
 from brim.spec.model import Linear
+
+FUSED_GATE = "gated activation"
+"""Name of what a fused gate makes out of the projections it keeps."""
 
 
 def project(
@@ -27,19 +31,10 @@ def project(
     c = setting.compute_bytes
     is_expert = copies > 1 and setting.fused_experts
     quantised = setting.quantization is not None and not is_expert and not is_output
-    trains = setting.trains_base
-    working = _working_weight(linear, setting, quantised)
-    narrow = _cast_input(tape, x, linear, setting, tokens)
-    weight_copy = [] if quantised else _cast_weight(tape, linear, setting, copies, is_output)
-    output = tape.op(
-        linear.name, [narrow], per_token(round(c * linear.out_features * tokens)),
-        saves=[*weight_copy, narrow] if trains or (quantised and _keeps_inputs(setting)) else weight_copy,
-        scratch=working, grad_scratch=working,
-        weight_grad=fixed(linear.num_parameters * copies * setting.weight_bytes) if trains else ZERO,
-    )  # fmt: skip
-    tape.hold(x, *weight_copy)
-    if quantised:
-        output = _widen_output(tape, x, narrow, output, linear, setting)
+    if quantised and setting.quantization is not None and setting.quantization.kind == "int8":
+        output = multiply_eight_bit(tape, x, linear, setting, tokens)
+    else:
+        output = _multiply(tape, x, linear, setting, copies, tokens, quantised=quantised, is_output=is_output)
     if setting.code.adds_bias and linear.bias:
         element = max(c, setting.residual_bytes if setting.autocast else c)
         output = tape.op("bias", [output], per_token(round(element * linear.out_features * tokens)))
@@ -48,6 +43,26 @@ def project(
         output = _adapt(tape, x, output, linear, setting, tokens)
         tape.hold(x)  # the caller of a module has its argument until it returns
     return output
+
+
+def _multiply(
+    tape: Tape, x: Tensor, linear: Linear, setting: Setting, copies: int, tokens: Fraction | int, *,
+    quantised: bool, is_output: bool,
+) -> Tensor:  # fmt: skip
+    """A product in the compute dtype, with the matrix as it is or unpacked from 4 bits."""
+    working, trains = _working_weight(linear, setting, quantised), setting.trains_base
+    buffered = setting.unpacking_buffer and setting.adapts(linear)
+    narrow = _cast_input(tape, x, linear, setting, tokens)
+    weight_copy = [] if quantised else _cast_weight(tape, linear, setting, copies, is_output)
+    output = tape.op(
+        linear.name, [narrow], per_token(round(setting.compute_bytes * linear.out_features * tokens)),
+        saves=[*weight_copy, narrow] if trains else weight_copy,
+        clings=[narrow] if quantised and _keeps_inputs(setting) else (),
+        scratch=ZERO if buffered else working, grad_scratch=working,
+        weight_grad=fixed(linear.num_parameters * copies * setting.weight_bytes) if trains else ZERO,
+    )  # fmt: skip
+    tape.hold(x, *weight_copy)
+    return _widen_output(tape, x, narrow, output, linear, setting) if quantised else output
 
 
 def _widen_output(tape: Tape, x: Tensor, narrow: Tensor, output: Tensor, linear: Linear, setting: Setting) -> Tensor:
@@ -63,6 +78,7 @@ def _widen_output(tape: Tape, x: Tensor, narrow: Tensor, output: Tensor, linear:
 
 
 def _keeps_inputs(setting: Setting) -> bool:
+    """Source: bitsandbytes before 0.44 autograd/_functions.py MatMul4Bit: `ctx.tensors`, which no hook sees."""
     return setting.quantization is not None and setting.quantization.keeps_inputs
 
 
@@ -100,14 +116,14 @@ def _adapt(tape: Tape, x: Tensor, base: Tensor, linear: Linear, setting: Setting
 
     Source: peft tuners/lora/layer.py Linear.forward: the input is cast to the adapter's dtype, the sum is made
     in the wider dtype and cast back; tuners/lora/bnb.py Linear4bit.forward casts the adapter's part before the sum.
-    Unsloth's fused form keeps only the input.
+    Fused forms add to the matrix's own result.
     """
     c, width = setting.compute_bytes, round(linear.out_features * tokens)
     a = c if setting.autocast else setting.adapter_bytes
     out = base.size
     if setting.fused_adapters:
-        dropped = [tape.op("adapter dropout", [x], x.size)] if setting.adapter_dropout else []
-        return tape.op("adapter", [*dropped, base], ZERO, saves=[x, *dropped], passes_grad=True)
+        _keep_for_fused(tape, x, setting)
+        return base
     source = _adapter_input(tape, x, linear, setting, tokens)
     down = tape.op(
         "adapter down", [source], per_token(round(a * setting.adapter_rank * tokens)),
@@ -128,6 +144,17 @@ def _adapt(tape: Tape, x: Tensor, base: Tensor, linear: Linear, setting: Setting
     total = tape.op("adapter sum", [base, scaled], out, passes_grad=True)
     tape.hold(source)
     return total
+
+
+def _keep_for_fused(tape: Tape, x: Tensor, setting: Setting) -> None:
+    """The input is kept, and what of it dropout leaves; of an MLP's last matrix the kept projections give the input.
+
+    Source: unsloth kernels/fast_lora.py LoRA_QKV, LoRA_W, LoRA_MLP.
+    """
+    if setting.adapter_dropout:
+        tape.op("adapter dropout", [x], x.size, saves_output=True)
+    if x.name != FUSED_GATE:
+        tape.keep(x)
 
 
 def _cast_adapter(tape: Tape, width: int, setting: Setting) -> list[Tensor]:

@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 from brim.cost.allocator import CachingAllocator
 from brim.cost.blocks import Block, cost_head, cost_layer
-from brim.cost.overhead import context_bytes, held_logits, input_bytes, workspace_bytes
+from brim.cost.dropout_masks import embedding_masks
+from brim.cost.overhead import context_bytes, held_logits, input_bytes, unpacking_bytes, workspace_bytes
 from brim.cost.scripts import Act, Player, Script, find_last_large, write_script
 from brim.cost.setting import Setting, read_setting
 from brim.cost.states import States, count_states, largest_trained_tensor, step_temporaries_bytes
@@ -79,8 +80,8 @@ class _Kind(NamedTuple):
     script: Script
     rest: tuple[int, ...]
     """What each expert that does not run keeps, bytes."""
-    attention: int
-    """Attention outputs that selective checkpointing keeps, bytes."""
+    beside: tuple[int, ...]
+    """What checkpointing keeps beside the input: attention outputs if selective, what hangs on the graph; bytes."""
     cached: tuple[int, ...]
     """16-bit weights that autocast keeps until the forward pass ends, bytes each."""
     gradients: tuple[int, ...]
@@ -101,11 +102,19 @@ def _read_kind(group: LayerGroup, job: _Job, folded: bool) -> _Kind:
         rest = ((_count_left(block, job.tokens) - _count_left(part, job.tokens)) // max(1, idle),) * idle
     return _Kind(
         script=write_script(part, job.tokens), rest=rest,
-        attention=block.attention_kept.at(job.tokens) if mode == "selective" else 0,
+        beside=_list_beside(block, job),
         cached=tuple(copy.at(job.tokens) for copy in block.copies) if job.checkpointed else (),
         gradients=list_layer_gradients(group, recipe),
         reentrant=reentrant,
     )  # fmt: skip
+
+
+def _list_beside(block: Block, job: _Job) -> tuple[int, ...]:
+    """Return what checkpointing keeps beside the input of a layer, bytes; nothing without it."""
+    if not job.checkpointed:
+        return ()
+    attention = block.attention_kept.at(job.tokens) if job.strategy.activation_checkpointing == "selective" else 0
+    return attention, *(size.at(job.tokens) for size in block.hanging)
 
 
 def _with_fewer_experts(moe: Moe) -> Moe:
@@ -184,7 +193,7 @@ class _Checkpointed(_Layer):
         script, player = self.script, self.player
         base = player.name(script)
         player.play(script.evaluation, base)
-        self.extra = [stream, *player.hold(self.kind.attention)]
+        self.extra = [stream, *player.hold(*self.kind.beside)]
         if self.offloaded:
             self.release()
         return base + script.evaluation_output[0]
@@ -192,8 +201,8 @@ class _Checkpointed(_Layer):
     def prepare(self) -> list[int]:
         """Run again; return what the backward pass leaves over."""
         script, player = self.script, self.player
-        stream, *attention = self.extra or player.hold(script.stream_bytes)
-        player.drop(attention)
+        stream, *beside = self.extra or player.hold(script.stream_bytes)
+        player.drop(beside)
         self.base = player.name(script)
         given = _receive(player, script, self.base, stream)
         player.play(script.forward, self.base)
@@ -254,7 +263,8 @@ class _Process:
         self.cuts = largest_trained_tensor(shape, recipe) * gradient_bytes(recipe) > MIB
         self.gradients: list[int] = []
         self.moments: list[int] = []
-        self.player.hold(*list_weights(shape, recipe, self.states), workspace_bytes(device))
+        lasting = workspace_bytes(device), unpacking_bytes(shape, job.setting)
+        self.player.hold(*list_weights(shape, recipe, self.states), *lasting)
 
     def run_micro_batch(self) -> None:
         """Forward, loss and backward pass of one micro-batch."""
@@ -262,7 +272,8 @@ class _Process:
         head, tail = ((), ()) if made else self.gradient_sizes
         if self.tied:  # the output's part is made each time, and waits for the embedding's
             head = self.gradient_sizes[0]
-        inputs = player.hold(input_bytes(job.setting).at(job.tokens))
+        masks = embedding_masks(self.shape, job.setting).at(job.tokens)
+        inputs = player.hold(input_bytes(job.setting).at(job.tokens), masks)
         (stream,) = player.hold((self.layers[0].script if self.layers else self.head).stream_bytes)
         cached: list[int] = []
         for layer in self.layers:

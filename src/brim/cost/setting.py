@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from brim.cost.modeling import Modeling, find_modeling
 from brim.errors import UnsupportedModel
-from brim.spec.model import Attention, Linear, ModelShape, Moe, NormKind
+from brim.spec.model import Attention, Dropout, Linear, ModelShape, Moe, NormKind
 from brim.spec.recipe import Lora, Quantization, Recipe
 from brim.spec.strategy import AttentionKernel, Strategy
 from brim.spec.workload import Workload
@@ -52,6 +52,8 @@ class Setting:
     """Whether a gated MLP keeps only its two projections."""
     fused_adapters: bool
     """Whether an adapter is one kernel with its matrix and keeps only the input."""
+    unpacking_buffer: bool
+    """Whether products unpack quantised matrices forward into one buffer that is never given back."""
     loss_in_place: bool
     """Whether cross-entropy writes its gradient over the logits."""
     seq_len: int
@@ -68,6 +70,8 @@ class Setting:
     """Attention masks the model builds once for all layers: for full attention, for windows."""
     code: Modeling
     """How transformers writes the architecture."""
+    dropout: Dropout
+    """What the model itself drops out while it trains."""
 
     def masks(self, attention: Attention) -> bool:
         """Whether a mask reaches SDPA in this attention block: padding, or a window shorter than the sequence.
@@ -124,10 +128,12 @@ def read_setting(workload: Workload, strategy: Strategy) -> Setting:
         fused_norm=kernels.norm, fused_rotary=kernels.rotary,
         fused_gate=kernels.gate == "always" or (kernels.gate == "adapted" and _adapts_mlp(lora)),
         fused_adapters=kernels.adapters == "always" or (kernels.adapters == "quantised" and quantised),
+        unpacking_buffer=kernels.unpacking_buffer and quantised and lora is not None and not lora.dropout,
         loss_in_place=kernels.loss_in_place, seq_len=seq_len,
         attended_len=seq_len * (strategy.micro_batch_size if is_flattened(workload, strategy) else 1),
         masked=is_masked(workload, strategy), repeats_kv=recipe.engine.repeats_kv,
         fused_experts=recipe.engine.fused_experts, num_masks=0, code=code,
+        dropout=workload.model.dropout,
     )  # fmt: skip
     return replace(setting, num_masks=_count_masks(workload.model, setting))
 

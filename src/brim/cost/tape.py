@@ -62,7 +62,8 @@ class Op:
     """One operation.
 
     `passes_grad`: inputs receive the output's gradient itself, not a new tensor. `grad_in_place`: the gradient is
-    written over what the operation kept. `holds`: tensors that a variable keeps until this operation is done.
+    written over what the operation kept. `holds`: tensors that a variable keeps until this operation is done. `clings`:
+    tensors that hang on the graph's node itself, which checkpointing does not see and backward does not release.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Op:
     passes_grad: bool = False
     grad_in_place: bool = False
     holds: tuple[Tensor, ...] = ()
+    clings: tuple[Tensor, ...] = ()
 
 
 class Instant(NamedTuple):
@@ -113,6 +115,7 @@ class Tape:
         *,
         saves: Iterable[Tensor] = (),
         saves_output: bool = False,
+        clings: Iterable[Tensor] = (),
         scratch: Size = ZERO,
         grad_scratch: Size = ZERO,
         weight_grad: Size = ZERO,
@@ -127,9 +130,14 @@ class Tape:
         output = Tensor(name, size, needs_grad=grad, held=held)
         kept = tuple(saves) + ((output,) if saves_output else ())
         self.ops.append(
-            Op(name, inputs, output, kept, scratch, grad_scratch, weight_grad, passes_grad, grad_in_place)
-        )
+            Op(name, inputs, output, kept, scratch, grad_scratch, weight_grad, passes_grad, grad_in_place,
+               clings=tuple(clings))
+        )  # fmt: skip
         return output
+
+    def keep(self, *tensors: Tensor) -> None:
+        """Let the last recorded operation save tensors too."""
+        self.ops[-1].saves += tensors
 
     def hold(self, *tensors: Tensor) -> None:
         """Keep tensors until the last recorded operation is done: a local variable, or a caller's, has them."""
@@ -185,16 +193,24 @@ def _saved_ids(tape: Tape) -> set[int]:
     return {id(tensor) for op in tape.ops if op.output.needs_grad for tensor in op.saves}
 
 
-def run_forward(tape: Tape, given: Iterable[Tensor], *, keeps: bool) -> _Run:
+def list_clinging(tape: Tape) -> list[Tensor]:
+    """Return what hangs on nodes of the graph, each tensor once."""
+    return list({id(tensor): tensor for op in tape.ops if op.output.needs_grad for tensor in op.clings}.values())
+
+
+def run_forward(tape: Tape, given: Iterable[Tensor], *, keeps: bool, clings: bool | None = None) -> _Run:
     """Run the tape forward. `given` tensors exist before and are not counted unless an op saves them.
 
     Args:
         tape: the block; its last op makes the result, which outlives the run.
         given: inputs owned by the caller; they are counted from the start only if saved.
         keeps: whether autograd records (False inside a checkpointed block's first pass).
+        clings: whether there is a graph that tensors can hang on; None for `keeps`.
     """
     run, result = _Run(), tape.ops[-1].output
     saved = _saved_ids(tape) if keeps else set()
+    if keeps if clings is None else clings:
+        saved |= {id(tensor) for tensor in list_clinging(tape)}
     outside = {id(tensor) for tensor in given}
     for tensor in given:
         if id(tensor) in saved:
@@ -245,19 +261,34 @@ class _Gradients:
             self.run.free(buffer)
 
 
-def run_backward(tape: Tape, run: _Run) -> None:
-    """Continue a recording forward run with the backward pass; `run` then holds both."""
+def run_backward(tape: Tape, run: _Run, *, clings: bool = True) -> None:
+    """Continue a recording forward run with the backward pass; `run` then holds both.
+
+    Args:
+        tape: the block.
+        run: its forward pass.
+        clings: whether the graph of the forward pass lives on, and what hangs on it; that of a recomputation does not.
+    """
     gradients, result = _Gradients(run), tape.ops[-1].output
-    uses: dict[int, int] = {}
-    for op in tape.ops:
-        for tensor in op.saves if op.output.needs_grad else ():
-            uses[id(tensor)] = uses.get(id(tensor), 0) + 1
+    uses = _count_uses(tape, clings)
+    for tensor in list_clinging(tape):
+        if id(tensor) in run.live and id(tensor) not in uses:
+            run.free(id(tensor))
     if id(result) in run.live and id(result) not in uses:
         run.free(id(result))  # the caller has moved on; only its gradient comes back
     gradients.make("backward", result)
     for op in reversed(tape.ops):
         if op.output.needs_grad:
             _backward_op(op, run, gradients, uses)
+
+
+def _count_uses(tape: Tape, clings: bool) -> dict[int, int]:
+    """Return how many releases each kept tensor waits for, by id; one that clings waits for one that never comes."""
+    uses: dict[int, int] = {}
+    for op in tape.ops:
+        for tensor in (*op.saves, *(op.clings if clings else ())) if op.output.needs_grad else ():
+            uses[id(tensor)] = uses.get(id(tensor), 0) + 1
+    return uses
 
 
 def _backward_op(op: Op, run: _Run, gradients: _Gradients, uses: dict[int, int]) -> None:

@@ -103,6 +103,15 @@ class ConfigFields:
         """Return a whole number within bounds, or None if the key is null."""
         return None if self.get(key) is None else self.number(key, at_least=at_least, at_most=at_most)
 
+    def fraction(self, key: str, default: float) -> float:
+        """Return a number from 0 to 1; null means 0."""
+        value = self.values.get(key, default)
+        if value is None:
+            return 0.0
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+            self.refuse(key, f"must be a number from 0 to 1, not {describe(value)}")
+        return float(value)
+
     def flag(self, key: str | bool) -> bool:
         """Return a yes or no: the constant itself, or the value of the key (null means no)."""
         if isinstance(key, bool):

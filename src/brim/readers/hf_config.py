@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from brim.cost.parameters import count_parameters
@@ -11,6 +12,7 @@ from brim.readers.bert import read_bert
 from brim.readers.config_fields import ConfigFields, describe
 from brim.readers.decoder_table import DECODERS
 from brim.readers.decoders import read_decoder
+from brim.readers.dropout import read_dropout
 from brim.readers.gemma3 import read_gemma3
 from brim.readers.gemma4 import read_gemma4_text
 from brim.readers.gemma4_towers import read_gemma4
@@ -56,7 +58,8 @@ def read_config(config: Mapping[str, Any], *, name: str) -> ModelShape:
     reader = _READERS.get(model_type)
     if reader is None:
         raise UnsupportedModel(model=name, what=f"model_type {model_type[:60]}")
-    shape = reader(ConfigFields(source=name, model_type=model_type, values=config))
+    fields = ConfigFields(source=name, model_type=model_type, values=config)
+    shape = replace(reader(fields), dropout=read_dropout(fields))
     if count_parameters(shape) > _LARGEST_NUM_PARAMETERS:
         raise InvalidConfig(source=name, path="config", problem="describes more than 2**50 parameters")
     return shape

@@ -201,6 +201,22 @@ class Embedding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Dropout:
+    """What is zeroed while the model trains, by place. Architectures spell the keys of their configs differently."""
+
+    __pydantic_config__ = STRICT
+
+    attention_dropout: float = 0.0
+    """Fraction of attention's weights; fused kernels draw it anew backward and keep no mask."""
+    hidden_dropout: float = 0.0
+    """Fraction of what each branch adds to the residual stream."""
+    embedding_dropout: float = 0.0
+    """Fraction of the embeddings."""
+    activation_dropout: float = 0.0
+    """Fraction of what the feed-forward's last matrix reads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """A whole model as numbers: embeddings, groups of layers, head."""
 
@@ -233,6 +249,8 @@ class ModelShape:
     """Kind of the normalisation before the head."""
     other_parameters: int = 0
     """Parameters outside layers that are no matrix: final and embedding norms, class tokens."""
+    dropout: Dropout = Dropout()
+    """What is dropped out while the model trains."""
     logit_softcap: bool = False
     """Whether logits pass through a tanh cap (Gemma 2), which keeps two more copies."""
     native_dtype: Literal["fp32", "bf16", "fp16"] = "bf16"

@@ -93,6 +93,7 @@ class Kernels:
     gate: Literal["always", "adapted", "never"]
     adapters: Literal["always", "quantised", "never"]
     loss_in_place: bool
+    unpacking_buffer: bool
     source: str
     retrieved: str
 
