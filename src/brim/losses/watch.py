@@ -56,6 +56,7 @@ class LossWatch:
     def see(self, inputs: Inputs) -> Seen:
         """Return the loss of one batch."""
         copy = {key: value.clone() if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        self._tap.take()  # a batch that failed may have left its parts
         with torch.no_grad(), LossTap() as tap:
             loss = float(self._loss_of(copy))
         auxiliary = {kind: float(value) for kind, value in self._tap.take().items()}
