@@ -6,12 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from brim.api import estimate, export, load_plan, plan, save_plan, schema, trace
+    from brim.api import estimate, export, load_plan, plan, save_plan, schema, trace, verify_accumulation
+    from brim.checks.report import AccumulationReport
     from brim.cost.ledger import Estimate
     from brim.errors import BrimError, DoesNotFit
     from brim.exporters.record import Export
     from brim.planner.record import Plan
     from brim.readers.sources import read_model
+    from brim.runtime.accumulate import accumulate
+    from brim.runtime.guard import guard, unguard
+    from brim.runtime.trainer import ExactAccumulation
     from brim.spec.model import ModelShape
     from brim.spec.strategy import Strategy
     from brim.spec.workload import Workload
@@ -26,6 +30,12 @@ _HOMES = {
     "load_plan": "brim.api",
     "schema": "brim.api",
     "trace": "brim.api",
+    "verify_accumulation": "brim.api",
+    "accumulate": "brim.runtime.accumulate",
+    "guard": "brim.runtime.guard",
+    "unguard": "brim.runtime.guard",
+    "ExactAccumulation": "brim.runtime.trainer",
+    "AccumulationReport": "brim.checks.report",
     "read_model": "brim.readers.sources",
     "Plan": "brim.planner.record",
     "Estimate": "brim.cost.ledger",
@@ -39,8 +49,9 @@ _HOMES = {
 """Where each public name lives; a name is imported when it is first used, so `import brim` stays tiny."""
 
 __all__ = [
-    "BrimError", "DoesNotFit", "Estimate", "Export", "ModelShape", "Plan", "Strategy", "Workload", "__version__",
-    "estimate", "export", "load_plan", "plan", "read_model", "save_plan", "schema", "trace",
+    "AccumulationReport", "BrimError", "DoesNotFit", "Estimate", "ExactAccumulation", "Export", "ModelShape", "Plan",
+    "Strategy", "Workload", "__version__", "accumulate", "estimate", "export", "guard", "load_plan", "plan",
+    "read_model", "save_plan", "schema", "trace", "unguard", "verify_accumulation",
 ]  # fmt: skip
 
 

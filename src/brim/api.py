@@ -24,6 +24,8 @@ from brim.spec.workload import Workload
 from brim.tables.read import find_link, find_optimizer, find_task, find_trainer
 
 if TYPE_CHECKING:
+    from brim.checks.accumulation import Subject
+    from brim.checks.report import AccumulationReport
     from brim.cost.ledger import Estimate
     from brim.exporters.record import Export
     from brim.probes.inputs import MakeInputs
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "describe_estimate", "describe_estimates", "describe_plan", "estimate", "export", "load_plan", "plan",
-    "save_plan", "schema", "trace",
+    "save_plan", "schema", "trace", "verify_accumulation",
 ]  # fmt: skip
 
 _ANSWERERS = ("rule", "formula", "trace")
@@ -137,6 +139,82 @@ def export(plan: Plan, target: str, *, version: str | None = None) -> Export:
     from brim.exporters import export_plan
 
     return export_plan(plan, target, version=version)
+
+
+def verify_accumulation(
+    subject: str | Callable[[], Any], *, trainer: str | None = None, ranks: int = 1, sharding: str = "ddp",
+    guarded: bool = False, full_size: bool = False,
+) -> AccumulationReport:  # fmt: skip
+    """Return the proof that micro-batches add up to the big batch's gradient, or the named cause where they do not.
+
+    Args:
+        subject: a model as for `plan`, a saved plan, `train.py:make_trainer`, or a function that returns a trainer.
+        trainer: hf, sft, dpo, plain, accelerate or lightning; the plan's, or hf, if None.
+        ranks: data-parallel ranks, started with torchrun on this machine's CPU.
+        sharding: ddp, or fsdp2 for a plain loop.
+        guarded: verify the loop made exact by brim, not as installed.
+        full_size: take a trainer's own model where it is, not a small copy on the CPU.
+
+    Raises:
+        InseparableLoss: no split over micro-batches leaves the loss as it is.
+        ProbeFailed: the model cannot be built small, or the ranks died.
+    """
+    from brim.checks.accumulation import verify_accumulation as prove
+    from brim.checks.ranks import join_ranks, run_ranks
+    from brim.checks.report import AccumulationReport
+
+    if ranks == 1:
+        join_ranks()
+        return prove(_read_subject(subject, trainer, sharding, guarded=guarded, full_size=full_size))
+    if not isinstance(subject, str):
+        raise InvalidInput("several ranks run a script each: give train.py:make_trainer instead of a function")
+    words = [subject, "--sharding", sharding, *(["--trainer", trainer] if trainer else [])]
+    words += [flag for flag, said in (("--guarded", guarded), ("--full-size", full_size)) if said]
+    return AccumulationReport.read(run_ranks(words, ranks))
+
+
+def _read_subject(
+    subject: str | Callable[[], Any], trainer: str | None, sharding: str, *, guarded: bool, full_size: bool
+) -> Subject:
+    """Return what is verified: the user's own trainer, or a small copy of a model under a loop by its name."""
+    from brim.checks.ranks import count_ranks
+    from brim.checks.script import is_script, load_factory
+    from brim.checks.subjects import LOOP_OF_TRAINER, build_subject
+    from brim.checks.trainers import read_trainer
+    from brim.runtime.guard import guard
+
+    if not isinstance(subject, str) or is_script(subject):
+        make = load_factory(subject) if isinstance(subject, str) else subject
+        prepare = guard if guarded else None
+        return read_trainer(make, prepare=prepare, num_ranks=count_ranks(), shrink=not full_size)
+    loop = trainer
+    if subject.endswith(".json") and not subject.endswith("config.json"):
+        plan = load_plan(subject)
+        subject, loop = plan.workload.model.name, trainer or LOOP_OF_TRAINER[plan.workload.recipe.engine.name]
+    shape, _, config = _read_shape(subject, refresh=False, known_only=False)
+    exactly = _exact_form(loop or "hf") if guarded else None
+    return build_subject(
+        config, shape.architecture, loop or "hf", exactly=exactly, num_ranks=count_ranks(), sharding=sharding
+    )
+
+
+def _exact_form(loop: str) -> Any:
+    """Return what makes a loop exact."""
+    if loop == "plain":
+        from brim.runtime.accumulate import accumulate
+
+        return accumulate
+    if loop == "accelerate":
+        from brim.runtime.accelerate_loop import exact_accelerate
+
+        return exact_accelerate
+    if loop == "lightning":
+        from brim.runtime.lightning import LightningExact
+
+        return LightningExact
+    from brim.runtime.guard import guard
+
+    return guard
 
 
 def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:

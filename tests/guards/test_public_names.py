@@ -5,8 +5,9 @@ from __future__ import annotations
 import brim
 
 PUBLIC = {
-    "BrimError", "DoesNotFit", "Estimate", "Export", "ModelShape", "Plan", "Strategy", "Workload", "__version__",
-    "estimate", "export", "load_plan", "plan", "read_model", "save_plan", "schema", "trace",
+    "AccumulationReport", "BrimError", "DoesNotFit", "Estimate", "ExactAccumulation", "Export", "ModelShape", "Plan",
+    "Strategy", "Workload", "__version__", "accumulate", "estimate", "export", "guard", "load_plan", "plan",
+    "read_model", "save_plan", "schema", "trace", "unguard", "verify_accumulation",
 }  # fmt: skip
 
 

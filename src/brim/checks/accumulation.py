@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from brim.checks import diagnose
 from brim.checks.gradients import differentiate, relative_error
-from brim.checks.report import AccumulationReport, SplitResult, is_exact
+from brim.checks.report import AccumulationReport, SplitResult, is_exact, without_numbers
 from brim.errors import InvalidInput
 from brim.losses.form import AuxiliaryTap, LossForm
 from brim.losses.measure import measure_form
@@ -82,7 +82,7 @@ def verify_accumulation(subject: Subject, splits: Sequence[Split] = ()) -> Accum
         for split in splits or list_splits(subject.num_ranks):
             results += _compare(subject, truth, split)
         padding, batch = truth.padding_error(), truth.batch_error()
-    causes = tuple(dict.fromkeys(diagnose.without_numbers(result.cause) for result in results if result.cause))
+    causes = tuple(dict.fromkeys(without_numbers(result.cause) for result in results if result.cause))
     return AccumulationReport(
         subject=subject.name, loss=str(truth.form), precision=subject.precision, splits=tuple(results),
         padding_error=padding, batch_error=batch, causes=causes, fix=subject.fix if causes else "",
@@ -193,6 +193,8 @@ def _compare(subject: Subject, truth: _Truth, split: Split) -> list[SplitResult]
     found = []
     for index, window in enumerate(windows):
         pieces = cut(window, split.micro_batch_size)
+        if len(window) % (split.micro_batch_size * subject.num_ranks) and subject.num_ranks > 1:
+            continue  # loaders repeat sequences to give every rank its share: another batch, whatever its weights
         if index >= len(steps):
             found.append(_missing(subject, split, index, len(pieces)))
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -71,11 +70,6 @@ def name_cause(evidence: Evidence) -> str:
     if _clips(evidence, weights, labelled):
         return CLIPPED
     return f"micro-batches weigh {', '.join(f'{ratio:.4g}' for ratio in ratios)} times what they should"
-
-
-def without_numbers(cause: str) -> str:
-    """Return the name of a cause without what differs between splits."""
-    return re.sub(r" \((?:gradient )?x [^)]*\)", "", cause)
 
 
 def _solve(evidence: Evidence) -> tuple[list[float], float | None, float]:

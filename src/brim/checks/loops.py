@@ -26,31 +26,58 @@ def own_loss(model: nn.Module, inputs: Inputs) -> Tensor:
 
 def plain_subject(
     model: nn.Module, rows: Sequence[Any], collate: Callable[[list[Any]], Inputs], *,
-    accumulate: Accumulate | None = None, loss_of: Callable[[nn.Module, Inputs], Tensor] = own_loss,
+    accumulate: Accumulate | None = None, num_ranks: int = 1, sharding: str = "ddp",
 ) -> Subject:  # fmt: skip
-    """Return a plain loop as a subject: `loss / steps` as it is usually written, or `accumulate` given as a value."""
+    """Return a plain loop as a subject: `loss / steps` as it is usually written, or `accumulate` given as a value.
+
+    Args:
+        model: small, on the CPU.
+        rows: sequences. collate: makes a micro-batch of them.
+        accumulate: `brim.accumulate`, or None for the stock loop.
+        num_ranks: data-parallel ranks; this process is one of them and in their process group.
+        sharding: ddp or fsdp2, where there are several ranks.
+    """
 
     def run(split: Split) -> list[Tensor]:
-        module = copy.deepcopy(model).train()
+        module = wrap(copy.deepcopy(model).train(), sharding if num_ranks > 1 else None)
         steps = []
         for start in range(0, len(rows), WINDOW):
             window = list(rows[start : start + WINDOW])
             size = split.micro_batch_size
             batches = [collate(window[at : at + size]) for at in range(0, len(window), size)]
+            mine = batches[_rank() :: num_ranks] or batches[-1:]
             module.zero_grad(set_to_none=True)
             if accumulate is None:
-                for inputs in batches:
-                    (loss_of(module, inputs) / split.accumulation_steps).backward()
+                for inputs in mine:
+                    (own_loss(module, inputs) / split.accumulation_steps).backward()
             else:
-                for micro in accumulate(batches, model=module, loss=lambda inputs: loss_of(module, inputs)):
-                    micro.backward(loss_of(module, micro.inputs))
+                for micro in accumulate(mine, model=module):
+                    micro.backward(own_loss(module, micro.inputs))
             steps.append(flatten(p for p in module.parameters() if p.requires_grad))
         return steps
 
+    place = f" on {num_ranks} ranks ({sharding})" if num_ranks > 1 else ""
     return Subject(
-        name=f"{type(model).__name__} in a plain loop", model=model, rows=rows, collate=collate, loss_of=loss_of,
-        run=run, fix=PLAIN_FIX, versions=list_versions(),
+        name=f"{type(model).__name__} in a plain loop{place}", model=model, rows=rows, collate=collate,
+        loss_of=own_loss, run=run, fix=PLAIN_FIX, num_ranks=num_ranks, versions=list_versions(),
     )  # fmt: skip
+
+
+def wrap(module: nn.Module, sharding: str | None) -> nn.Module:
+    """Return a module in DistributedDataParallel, sharded by FSDP2, or as it is."""
+    if sharding == "ddp":
+        return nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
+    if sharding == "fsdp2":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+        return fully_shard(module, mesh=mesh)
+    return module
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def accelerate_subject(

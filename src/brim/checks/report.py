@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -69,6 +71,13 @@ class AccumulationReport:
         """The split that is furthest from the truth."""
         return max(self.splits, key=lambda split: split.error)
 
+    @classmethod
+    def read(cls, document: Mapping[str, Any]) -> AccumulationReport:
+        """Return the report that `describe` wrote."""
+        values = {key: value for key, value in document.items() if key != "exact"}
+        splits = tuple(SplitResult(**split) for split in values.pop("splits"))
+        return cls(splits=splits, causes=tuple(values.pop("causes")), **values)
+
     def describe(self) -> dict[str, Any]:
         """Return the report as JSON-able values, `exact` among them."""
         return {"exact": self.exact, **asdict(self)}
@@ -79,3 +88,8 @@ def is_exact(error: float, norm_ratio: float, cosine: float, precision: str) -> 
     if precision == "fp32":
         return error <= FP32_LIMIT
     return abs(norm_ratio - 1) <= BF16_NORM_LIMIT and 1 - cosine <= BF16_ANGLE_LIMIT
+
+
+def without_numbers(cause: str) -> str:
+    """Return the name of a cause without what differs between splits."""
+    return re.sub(r" \((?:gradient )?x [^)]*\)", "", cause)

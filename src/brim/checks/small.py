@@ -116,7 +116,8 @@ def build_small(kind: type, config: Mapping[str, Any], config_class: Any, vocabu
     """
     torch.manual_seed(0)
     try:
-        return quiet(kind(config_class.from_dict(shrink_config(config, vocabulary))).to(torch.float32))
+        whole = config_class.from_dict(dict(config)).to_dict()  # with the defaults of what the file leaves out
+        return quiet(kind(config_class.from_dict(shrink_config(whole, vocabulary))).to(torch.float32))
     except Exception as error:
         raise ProbeFailed(
             f"{kind.__name__} cannot be built small: {type(error).__name__}: {' '.join(str(error).split())[:200]}; "
@@ -129,4 +130,12 @@ def quiet(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
+        for owner in (module, getattr(module, "config", None)):  # some call the function with a rate they keep
+            rates = [name for name, value in getattr(owner, "__dict__", {}).items() if _is_rate(name, value)]
+            for name in rates:
+                setattr(owner, name, 0.0)
     return model
+
+
+def _is_rate(name: str, value: object) -> bool:
+    return isinstance(value, float) and any(word in name for word in _DROPOUTS)

@@ -16,12 +16,18 @@ from brim.checks.small import build_small
 from brim.checks.trainers import read_trainer
 from brim.errors import ProbeFailed, UnknownName
 
+LOOP_OF_TRAINER = {
+    "trl": "sft", "trl-dpo": "dpo", "unsloth": "sft", "transformers": "hf", "accelerate": "accelerate",
+    "plain": "plain",
+}  # fmt: skip
+"""The loop that verifies a plan, by its trainer."""
 LOOPS = ("hf", "sft", "dpo", "plain", "accelerate", "lightning")
 
 
 def build_subject(
-    config: Mapping[str, Any], architecture: str, loop: str, *, exactly: Any = None, num_ranks: int = 1
-) -> Subject:
+    config: Mapping[str, Any], architecture: str, loop: str, *, exactly: Any = None, num_ranks: int = 1,
+    sharding: str = "ddp",
+) -> Subject:  # fmt: skip
     """Return a model class under a loop, small and on the CPU.
 
     Args:
@@ -31,6 +37,7 @@ def build_subject(
         exactly: what makes the loop exact (`brim.guard` for trainers, `brim.accumulate` for plain loops, ...); the
             loop as installed if None.
         num_ranks: data-parallel ranks; this process is one of them.
+        sharding: ddp or fsdp2 (plain loops only), where there are several.
 
     Raises:
         UnknownName: no such loop. ProbeFailed: transformers has no such class, or it cannot be built small.
@@ -40,7 +47,7 @@ def build_subject(
     model = build_model(config, architecture)
     rows = make_rows(architecture, model.config, WINDOW + (3 if num_ranks == 1 else 4))
     if loop == "plain":
-        return plain_subject(model, rows, collate, accumulate=exactly)
+        return plain_subject(model, rows, collate, accumulate=exactly, num_ranks=num_ranks, sharding=sharding)
     if loop == "accelerate":
         return accelerate_subject(model, rows, collate, exactly=exactly)
     if loop == "lightning":
@@ -55,12 +62,24 @@ def build_model(config: Mapping[str, Any], architecture: str) -> nn.Module:
     """Return a small model of a class of the installed transformers."""
     import transformers
 
+    architecture = _with_head(architecture, str(config.get("model_type", "")))
     kind = getattr(transformers, architecture, None)
     if kind is None or getattr(kind, "config_class", None) is None:
         raise ProbeFailed(f"transformers {transformers.__version__} has no {architecture} that can be built here")
     model = build_small(kind, config, kind.config_class, VOCABULARY)
     model.config.use_cache = False
     return model
+
+
+def _with_head(architecture: str, model_type: str) -> str:
+    """Return the class itself, or for one without a head the one that its type is pretrained with."""
+    if "For" in architecture or "LMHead" in architecture:
+        return architecture
+    from transformers.models.auto import modeling_auto
+
+    tables = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM")
+    names = (getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES").get(model_type) for table in tables)
+    return next((name for name in names if name), architecture)
 
 
 def _hf_trainer(model: Any, rows: list[Any]) -> Callable[[], Any]:
