@@ -54,10 +54,11 @@ def _format_splits(splits: Sequence[SplitResult], letters: Mapping[str, str]) ->
     heads = ("micro-batch", "accumulation", "ranks", "step", "error", "norm", "1 - cosine")
     table = make_table(*heads, "cause", right=heads)
     for split in splits:
+        cause = letters.get(without_numbers(split.cause), "-")
         table.add_row(
             str(split.micro_batch_size), str(split.gradient_accumulation_steps), str(split.num_ranks),
             f"{split.window}" + (" (partial)" if _is_partial(split) else ""), f"{split.error:.1e}",
-            f"{split.norm_ratio:.4g}", f"{max(1 - split.cosine, 0):.1e}", letters.get(without_numbers(split.cause), "-"),
+            f"{split.norm_ratio:.4g}", f"{max(1 - split.cosine, 0):.1e}", cause,
         )  # fmt: skip
     return table
 

@@ -1,0 +1,88 @@
+"""Fifty steps of real training end with the same weights however the batch is split."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import torch.multiprocessing as spawning
+from torch import Tensor, nn
+from transformers import LlamaConfig, T5Config
+
+import brim
+from brim.checks.sequences import collate, make_rows
+from brim.checks.subjects import build_model
+
+MODELS = {"LlamaForCausalLM": LlamaConfig, "T5ForConditionalGeneration": T5Config}
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+}
+LIMITS = {("sgd", "fp32"): 1e-6, ("adamw", "fp32"): 1e-5, ("sgd", "fp64"): 1e-6, ("adamw", "fp64"): 1e-6}
+STEPS, BATCH = 50, 8
+
+
+def make_model(architecture: str, precision: str) -> nn.Module:
+    model = build_model(MODELS[architecture]().to_dict(), architecture)
+    return model.to(torch.float64 if precision == "fp64" else torch.float32).train()
+
+
+def train(module: nn.Module, optimizer: str, architecture: str, size: int, rank: int = 0, ranks: int = 1) -> Tensor:
+    """Return all weights after 50 steps; each step has its own eight sequences."""
+    config = getattr(module, "module", module).config
+    rows = make_rows(architecture, config, BATCH * 5, seed=7)
+    stepper = OPTIMIZERS[optimizer](module.parameters())
+    for step in range(STEPS):
+        start = BATCH * (step % 5)
+        mine = rows[start : start + BATCH][rank::ranks]
+        batches = [collate(mine[at : at + size]) for at in range(0, len(mine), size)]
+        for micro in brim.accumulate(batches, model=module):
+            micro.backward(module(**micro.inputs).loss)
+        stepper.step()
+        stepper.zero_grad()
+    return torch.cat([parameter.detach().flatten().double() for parameter in module.parameters()])
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / one.norm())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("architecture", MODELS)
+def test_every_split_ends_with_the_same_weights(architecture: str, optimizer: str, precision: str) -> None:
+    torch.set_num_threads(1)
+    model = make_model(architecture, precision)
+    before = torch.cat([parameter.detach().flatten().double() for parameter in model.parameters()])
+    ends = {size: train(copy.deepcopy(model), optimizer, architecture, size) for size in (8, 4, 2, 1)}
+    assert distance(ends[8], before) > 1e-3  # it has learned something
+    limit = LIMITS[optimizer, precision]
+    assert {size: distance(ends[8], end) for size, end in ends.items() if distance(ends[8], end) > limit} == {}
+
+
+def train_on_rank(rank: int, folder: str, architecture: str, optimizer: str, precision: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    module = nn.parallel.DistributedDataParallel(make_model(architecture, precision))
+    end = train(module, optimizer, architecture, 4, rank, 2)
+    if rank == 0:
+        torch.save(end, os.path.join(folder, "end.pt"))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("architecture", "optimizer", "precision"), [
+    ("LlamaForCausalLM", "sgd", "fp32"), ("T5ForConditionalGeneration", "adamw", "fp64"),
+])  # fmt: skip
+def test_two_ranks_end_with_the_weights_of_one(tmp_path: Any, architecture: str, optimizer: str, precision: str) -> None:
+    torch.set_num_threads(1)
+    alone = train(make_model(architecture, precision), optimizer, architecture, 8)
+    spawning.spawn(train_on_rank, (str(tmp_path), architecture, optimizer, precision), nprocs=2)
+    together = torch.load(tmp_path / "end.pt")
+    assert distance(alone, together) <= LIMITS[optimizer, precision]
