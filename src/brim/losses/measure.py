@@ -19,6 +19,8 @@ PRECISE, COARSE = 2e-5, 3e-2
 """Relative difference of two losses that are the same number in fp32, and in 16 bit (measured noise floors: 5e-7 and
 6e-3)."""
 
+_SHORT = (torch.bfloat16, torch.float16)
+
 LossOf = Callable[[Inputs], Tensor]
 
 
@@ -52,7 +54,7 @@ def measure_form(
     """
     refuse_batch_norm(model)
     with _Watch(loss_of, model) as watch:
-        precise = PRECISE if _is_precise(model) else COARSE
+        precise = watch.find_tolerance(batch)
         form = _from_calls(watch, batch, precise) or _from_labels(watch, batch, precise)
         trials = [*split_rows(batch), *parts]
         if form is None:
@@ -70,17 +72,12 @@ def refuse_batch_norm(model: nn.Module) -> None:
             )
 
 
-def _is_precise(model: nn.Module) -> bool:
-    kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    autocast = torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
-    return kinds <= {torch.float32, torch.float64} and not autocast
-
-
 class _Watch:
     """Runs the loss without gradients in evaluation mode; module modes, random state and buffers are put back."""
 
     def __init__(self, loss_of: LossOf, model: nn.Module) -> None:
         self._loss_of, self._model = loss_of, model
+        self._is_coarse = False
 
     def __enter__(self) -> _Watch:
         self._modes = {module: module.training for module in self._model.modules()}
@@ -101,11 +98,21 @@ class _Watch:
                 buffer.copy_(kept)
         self._random.__exit__(*error)
 
+    def find_tolerance(self, inputs: Inputs) -> float:
+        """Return the relative difference of two losses that counts as none, in the precision that they are made in.
+
+        A trainer or a wrapped `forward` enters autocast by itself, so the dtypes of what is computed are looked at.
+        """
+        self._is_coarse = any(one.dtype in _SHORT for one in self._model.parameters())
+        self.see(inputs)
+        return COARSE if self._is_coarse else PRECISE
+
     def see(self, inputs: Inputs) -> Seen:
         """Return the loss of one batch."""
         copy = {key: value.clone() if isinstance(value, Tensor) else value for key, value in inputs.items()}
         with torch.no_grad(), LossTap() as tap:
             loss = float(self._loss_of(copy))
+        self._is_coarse |= tap.is_coarse
         auxiliary = {kind: float(value) for kind, value in self._tap.take().items()}
         return Seen(loss=loss, calls=tap.calls, auxiliary=auxiliary)
 

@@ -24,12 +24,6 @@ _STEPS_PARTIAL_WINDOWS = (4, 47)
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef", "aux_loss_alpha")
 
 
-def divides_by(accelerator: Any) -> int:
-    """Return what `accelerator.backward` divides a loss by. Source: accelerate/accelerator.py, `backward`."""
-    deepspeed = str(accelerator.distributed_type).endswith("DEEPSPEED")
-    return 1 if deepspeed else accelerator.gradient_accumulation_steps
-
-
 def steps_when_short(trainer: Any) -> bool:
     """Return whether the loop steps the optimizer after a last window with fewer micro-batches than the others."""
     loader = trainer.callback_handler.train_dataloader
