@@ -103,7 +103,8 @@ class _Watch:
 
         A trainer or a wrapped `forward` enters autocast by itself, so the dtypes of what is computed are looked at.
         """
-        self._is_coarse = any(one.dtype in _SHORT for one in self._model.parameters())
+        tf32 = torch.get_float32_matmul_precision() != "highest"
+        self._is_coarse = tf32 or any(one.dtype in _SHORT for one in self._model.parameters())
         self.see(inputs)
         return COARSE if self._is_coarse else PRECISE
 

@@ -82,7 +82,7 @@ def accumulate(
         InvalidInput: a micro-batch size that does not go with the batch, or no micro-batch at all on any rank.
         InseparableLoss: the loss is no weighted mean of its micro-batches' losses.
     """
-    micro_batches = _split(batch, micro_batch_size)
+    micro_batches = split_batch(batch, micro_batch_size)
     form = form or measure_model(model, loss, micro_batches, batch, group)
     window = open_window(form, micro_batches, find_device(model), group)
     tap = AuxiliaryTap(unwrap_model(model)) if form.auxiliary else None
@@ -90,14 +90,14 @@ def accumulate(
         for index in range(window.most_micro_batches):
             inputs = micro_batches[min(index, len(micro_batches) - 1)]
             last = index == window.most_micro_batches - 1
-            with _reducing(model, reduce_each or last):
+            with reducing(model, reduce_each or last):
                 yield Micro(inputs=window.prepare(index, inputs), index=index, window=window, auxiliary=tap)
     finally:
         if tap is not None:
             tap.remove()
 
 
-def _split(batch: Inputs | Sequence[Inputs], size: int | None) -> list[Inputs]:
+def split_batch(batch: Inputs | Sequence[Inputs], size: int | None) -> list[Inputs]:
     """Return the micro-batches of a batch."""
     if not isinstance(batch, Mapping):
         if size is not None:
@@ -190,7 +190,7 @@ def find_device(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def _reducing(model: nn.Module, reduces: bool) -> AbstractContextManager[Any]:
+def reducing(model: nn.Module, reduces: bool) -> AbstractContextManager[Any]:
     """Return the context of a micro-batch whose backward pass reduces gradients over ranks, or does not."""
     if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
         model.set_requires_gradient_sync(reduces)
