@@ -52,6 +52,7 @@ def check_unlabelled_rank_repeats(rank: int) -> None:
     mine = ROWS[8:10] if rank else ROWS[:8]
     for micro in accumulate(cut(mine, 1), model=wrapped):
         micro.backward(wrapped(**micro.inputs).loss)
+        assert float(micro.loss) == float(micro.loss)
     assert differ(read_gradient(model), truth) <= EXACT
 
 
