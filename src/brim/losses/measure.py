@@ -13,7 +13,7 @@ from brim.errors import InseparableLoss
 from brim.losses.form import AuxiliaryTap, LossForm
 from brim.losses.rules import ROWS, CountingRule, list_rules
 from brim.losses.tap import LossCall, LossTap
-from brim.losses.views import Inputs, Parts, split_labels, split_rows, vary_labels
+from brim.losses.views import Inputs, Parts, repeat_rows, split_labels, split_rows, vary_labels
 
 PRECISE, COARSE = 2e-5, 3e-2
 """Relative difference of two losses that are the same number in fp32, and in 16 bit (measured noise floors: 5e-7 and
@@ -124,19 +124,36 @@ def _from_calls(watch: _Watch, batch: Inputs, precise: float) -> LossForm | None
     seen = [watch.see(variant) for variant in variants]
     if not all(one.calls for one in seen):
         return None
-    reduction, auxiliary = _explain(seen, precise)
-    if reduction is None:
+    made, auxiliary = _explain(seen, precise)
+    if made is None:
         return None
-    counts = [{call.num_terms for call in one.calls} for one in seen]
-    if any(len(found) > 1 for found in counts):
-        terms = " and ".join(f"{number:g}" for number in sorted(counts[0]))
+    for numbers in _list_numbers(made, seen):
+        rule = next(_match_rules(variants, numbers, seen), None)
+        if rule is not None:
+            return LossForm(rule=rule, reduction="sum" if made == "sum" else "mean", auxiliary=auxiliary)
+    return None
+
+
+def _list_numbers(made: str, seen: Sequence[Seen]) -> Iterator[list[float]]:
+    """Yield what the loss may average over in each variant: terms of a call, of all calls together, or calls (rows).
+
+    Raises:
+        InseparableLoss: means over different counts are added.
+    """
+    counts = [[call.num_terms for call in one.calls] for one in seen]
+    alike = all(len(set(found)) == 1 for found in counts)
+    if alike:
+        yield [found[0] for found in counts]
+    elif made == "mean":
+        terms = " and ".join(f"{number:g}" for number in sorted(set(counts[0])))
         raise InseparableLoss(
             reason=f"the loss adds means over different counts ({terms} terms in one batch)",
             advice="return one mean, or keep the micro-batch at the whole batch",
         )
-    numbers = [found.pop() for found in counts]
-    rule = next(_match_rules(variants, numbers, seen), None)
-    return None if rule is None else LossForm(rule=rule, reduction=reduction, auxiliary=auxiliary)
+    if alike or made != "mean of means":
+        yield [sum(found) for found in counts]
+    if made == "mean of means":
+        yield [len(found) for found in counts]
 
 
 def _match_rules(variants: Sequence[Inputs], numbers: Sequence[float], seen: Sequence[Seen]) -> Iterator[CountingRule]:
@@ -151,7 +168,7 @@ def _match_rules(variants: Sequence[Inputs], numbers: Sequence[float], seen: Seq
 
 
 def _explain(seen: Sequence[Seen], precise: float) -> tuple[Any, tuple[tuple[str, float], ...]]:
-    """Return how the calls make up the loss, and what the rest is; None if they do not."""
+    """Return how the calls make up the loss, and what auxiliary part the rest is; None if they do not."""
     sums = {
         "mean": (lambda calls: sum(call.value for call in calls)),
         "mean of means": (lambda calls: sum(call.value for call in calls) / len(calls)),
@@ -161,7 +178,7 @@ def _explain(seen: Sequence[Seen], precise: float) -> tuple[Any, tuple[tuple[str
     for name, made_of in sums.items():
         rest = [one.loss - made_of(one.calls) for one in seen]
         if all(abs(left) <= precise * abs(one.loss) for left, one in zip(rest, seen, strict=True)):
-            return ("sum" if name == "sum" else "mean"), ()
+            return name, ()
     rest = [one.loss - sums["mean"](one.calls) for one in seen]
     return _explain_rest(rest, seen, precise)
 
@@ -183,10 +200,10 @@ def _from_labels(watch: _Watch, batch: Inputs, precise: float) -> LossForm | Non
     if parts is None:
         return None
     seen = [watch.see(part) for part in parts]
-    for rule in list_rules(parts.whole):
-        if rule != ROWS and _fits(rule, parts, seen, precise):
-            return LossForm(rule=rule)
-    return None
+    if abs(seen[1].loss - seen[2].loss) <= 10 * PRECISE * abs(seen[0].loss):
+        return None  # the labels make no difference, and every rule would do
+    rule = _find_nearest([rule for rule in list_rules(parts.whole) if rule != ROWS], parts, seen, precise)
+    return None if rule is None else LossForm(rule=rule)
 
 
 def _from_parts(watch: _Watch, trials: Sequence[Parts], precise: float) -> LossForm:
@@ -198,9 +215,10 @@ def _from_parts(watch: _Watch, trials: Sequence[Parts], precise: float) -> LossF
         )
     for parts in trials:
         seen = [watch.see(part) for part in parts]
-        for rule in (ROWS, *(rule for rule in list_rules(parts.whole) if rule != ROWS)):
-            if _fits(rule, parts, seen, precise):
-                return LossForm(rule=rule)
+        rules = [ROWS, *(rule for rule in list_rules(parts.whole) if rule != ROWS)]
+        rule = _find_nearest(rules, parts, seen, precise)
+        if rule is not None:
+            return LossForm(rule=rule)
         if abs(seen[1].loss + seen[2].loss - seen[0].loss) <= precise * abs(seen[0].loss):
             return LossForm(rule=ROWS, reduction="sum")
     raise InseparableLoss(
@@ -210,8 +228,16 @@ def _from_parts(watch: _Watch, trials: Sequence[Parts], precise: float) -> LossF
     )  # fmt: skip
 
 
-def _fits(rule: CountingRule, parts: Parts, seen: Sequence[Seen], precise: float) -> bool:
-    return _distance(LossForm(rule=rule), parts, seen) <= precise * max(abs(seen[0].loss), 1e-3)
+def _find_nearest(
+    rules: Sequence[CountingRule], parts: Parts, seen: Sequence[Seen], precise: float
+) -> CountingRule | None:  # fmt: skip
+    """Return the rule under which the parts come nearest to the whole, the first of equals; None if none comes near.
+
+    In 16 bit the tolerance is so wide that a rule which is wrong may lie within it; the right one lies nearer.
+    """
+    scale = max(abs(seen[0].loss), 1e-3)
+    far = [max(_distance(LossForm(rule=rule), parts, seen) / scale, PRECISE) for rule in rules]
+    return rules[far.index(min(far))] if far and min(far) <= precise else None
 
 
 def _distance(form: LossForm, parts: Parts, seen: Sequence[Seen]) -> float:
@@ -242,7 +268,7 @@ def _confirm(
             continue
         found = form if form.auxiliary else _add_auxiliary(form, parts, seen, precise, coefficients)
         distance = _distance(found, parts, seen) / max(abs(seen[0].loss), 1e-3)
-        if distance <= precise:
+        if distance <= precise and (found == form or _holds(watch, found, parts, precise, coefficients)):
             return found
         nearest = min(nearest, distance)
     if nearest == float("inf"):
@@ -251,6 +277,20 @@ def _confirm(
         reason=f"the loss of a batch is {nearest:.1e} off the mean of its parts over {form.rule}",
         advice="keep the micro-batch at the whole batch, or take the part that looks across sequences out of the loss",
     )
+
+
+def _holds(
+    watch: _Watch, form: LossForm, parts: Parts, precise: float, coefficients: Sequence[float]
+) -> bool:  # fmt: skip
+    """Return whether a coefficient that was fitted to one cut of a batch is declared, or explains another cut as well.
+
+    One number always explains one cut: in-batch negatives would pass for a router's loss.
+    """
+    if all(coefficient in coefficients for _, coefficient in form.auxiliary):
+        return True
+    again = repeat_rows(parts)
+    seen = [watch.see(part) for part in again]
+    return _distance(form, again, seen) <= 10 * precise * max(abs(seen[0].loss), 1e-3)
 
 
 def _add_auxiliary(

@@ -64,6 +64,20 @@ def split_rows(inputs: Inputs) -> Iterator[Parts]:
             yield Parts(inputs, _take_rows(inputs, rows, blocks, 0, cut), _take_rows(inputs, rows, blocks, cut, pairs))
 
 
+def repeat_rows(parts: Parts) -> Parts:
+    """Return a batch and one of its parts as parts of a larger batch: another cut, where two rows allow but one."""
+    rows, more = count_rows(parts.whole), count_rows(parts.first)
+
+    def join(first: Any, second: Any) -> Any:
+        if not isinstance(first, Tensor) or not first.dim() or first.shape[1:] != second.shape[1:]:
+            return first
+        per_row = first.shape[0] % rows == 0 and second.shape[0] == first.shape[0] // rows * more
+        return torch.cat([first, second]) if per_row else first
+
+    whole = {key: join(value, parts.first[key]) for key, value in parts.whole.items()}
+    return Parts(whole, parts.whole, parts.first)
+
+
 def _take_rows(inputs: Inputs, rows: int, blocks: int, start: int, stop: int) -> dict[str, Any]:
     """Return pairs `start` to `stop` of each of the stacked blocks; what has no row dimension stays whole."""
     size = rows // blocks
