@@ -234,6 +234,30 @@ def test_measuring_changes_nothing() -> None:
     assert not network._forward_hooks and all(p.grad is None for p in network.parameters())
 
 
+def test_the_loss_may_ignore_another_target() -> None:
+    """-100 is out of range there: an error on the CPU, the end of the process on a GPU."""
+    batch = make_batch()
+    batch["labels"] = batch["labels"].clamp(min=0)
+
+    def make(out: Any, part: Any) -> Tensor:
+        return F.cross_entropy(*pick(out["logits"], part["labels"], True), ignore_index=0)
+
+    assert measure(make, Network(), batch) == LossForm(rule=CountingRule(key="labels", shifted=True, ignored=0))
+
+
+def test_spans_count_at_any_padded_length() -> None:
+    """Their losses ignore the padded length, which is another number in the next batch."""
+
+    def make(out: Any, part: Any) -> Tensor:
+        width = out["logits"].shape[1]
+        ends = [part[key].clamp(0, width) for key in ("start_positions", "end_positions")]
+        return sum(F.cross_entropy(out["logits"][..., place], end, ignore_index=width) for place, end in enumerate(ends)) / 2
+
+    spans = {"start_positions": torch.tensor([1, 2, 0, 4]), "end_positions": torch.tensor([3, 2, 5, 4])}
+    rule = measure(make, Network(), {"input_ids": make_batch()["input_ids"], **spans}).rule
+    assert int(rule.count({"start_positions": torch.tensor([9, 2, 1]), "end_positions": torch.tensor([9, 2, 1])})) == 3
+
+
 def test_coefficients_are_rounded_to_what_the_config_declares() -> None:
     make, _ = MAKERS["router loss inside"]
     (found,) = measure(make, Network(), make_batch()).auxiliary

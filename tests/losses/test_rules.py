@@ -43,8 +43,8 @@ def test_rules_are_listed_likeliest_first() -> None:
     assert [str(rule) for rule in list_rules(inputs)] == ["labels[..., 1:] != -100", "labels != -100", "rows"]
     one_dim = {"start_positions": torch.ones(2).long(), "completion_mask": torch.ones(2, 3)}
     assert [str(rule) for rule in list_rules(one_dim, ignored=(5,))] == [
-        "start_positions != -100", "start_positions != 5", "completion_mask[..., 1:] != 0", "completion_mask != 0",
-        "rows",
+        "start_positions != -100", "completion_mask[..., 1:] != 0", "completion_mask != 0", "rows",
+        "start_positions != 5",
     ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from brim.errors import InseparableLoss
 from brim.losses.form import AuxiliaryTap, LossForm
-from brim.losses.rules import ROWS, CountingRule, list_rules
+from brim.losses.rules import IGNORED, ROWS, CountingRule, list_rules
 from brim.losses.tap import LossCall, LossTap
 from brim.losses.views import Inputs, Parts, repeat_rows, split_labels, split_rows, vary_labels
 
@@ -78,6 +78,7 @@ class _Watch:
     def __init__(self, loss_of: LossOf, model: nn.Module) -> None:
         self._loss_of, self._model = loss_of, model
         self._is_coarse = False
+        self.ignored = IGNORED
 
     def __enter__(self) -> _Watch:
         self._modes = {module: module.training for module in self._model.modules()}
@@ -105,7 +106,7 @@ class _Watch:
         """
         tf32 = torch.get_float32_matmul_precision() != "highest"
         self._is_coarse = tf32 or any(one.dtype in _SHORT for one in self._model.parameters())
-        self.see(inputs)
+        self.ignored = next((call.ignored for call in self.see(inputs).calls if call.ignored is not None), IGNORED)
         return COARSE if self._is_coarse else PRECISE
 
     def see(self, inputs: Inputs) -> Seen:
@@ -120,7 +121,7 @@ class _Watch:
 
 def _from_calls(watch: _Watch, batch: Inputs, precise: float) -> LossForm | None:
     """Return the form that torch's own loss functions show; None where they do not make up the loss."""
-    variants = list(vary_labels(batch))
+    variants = list(vary_labels(batch, watch.ignored))
     seen = [watch.see(variant) for variant in variants]
     if not all(one.calls for one in seen):
         return None
