@@ -187,7 +187,8 @@ def test_masked_words_and_next_sentences_are_refused() -> None:
     )
     model = transformers.BertForPreTraining(config)
     batch = make_batch()
-    inputs = {"input_ids": batch["input_ids"], "labels": batch["labels"], "next_sentence_label": torch.tensor([0, 1, 1, 0])}
+    inputs = {key: batch[key] for key in ("input_ids", "labels")}
+    inputs["next_sentence_label"] = torch.tensor([0, 1, 1, 0])
     with pytest.raises(InseparableLoss, match="different counts"):
         measure_form(lambda part: model(**part).loss, model, inputs)
 
@@ -251,7 +252,8 @@ def test_spans_count_at_any_padded_length() -> None:
     def make(out: Any, part: Any) -> Tensor:
         width = out["logits"].shape[1]
         ends = [part[key].clamp(0, width) for key in ("start_positions", "end_positions")]
-        return sum(F.cross_entropy(out["logits"][..., place], end, ignore_index=width) for place, end in enumerate(ends)) / 2
+        scores = out["logits"].unbind(-1)
+        return sum(F.cross_entropy(*pair, ignore_index=width) for pair in zip(scores[:2], ends, strict=True)) / 2
 
     spans = {"start_positions": torch.tensor([1, 2, 0, 4]), "end_positions": torch.tensor([3, 2, 5, 4])}
     rule = measure(make, Network(), {"input_ids": make_batch()["input_ids"], **spans}).rule

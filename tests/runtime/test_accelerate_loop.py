@@ -96,7 +96,7 @@ def test_auxiliary_losses_are_averaged_over_micro_batches() -> None:
         truth.append(plain + router.seen[0])
         model.zero_grad()
     recorder, _, _ = run_loop(rows, model, exact=True)
-    assert [differ(found, expected) <= EXACT for found, expected in zip(recorder.seen, truth, strict=True)] == [True] * 2
+    assert all(differ(found, expected) <= EXACT for found, expected in zip(recorder.seen, truth, strict=True))
     assert not model._forward_hooks
 
 
@@ -113,7 +113,8 @@ def test_the_loader_seems_read_one_by_one() -> None:
     loader = accelerator.prepare(DataLoader(make_rows(LENGTHS), batch_size=SIZE, collate_fn=stack))
     with exact_accelerate(accelerator, model, loader) as batches:
         assert len(batches) == 6
-        seen = [(accelerator.gradient_state.end_of_dataloader, accelerator.gradient_state.in_dataloader) for _ in batches]
+        state = accelerator.gradient_state
+        seen = [(state.end_of_dataloader, state.in_dataloader) for _ in batches]
     assert seen == [(False, True)] * 5 + [(True, True)]
 
 

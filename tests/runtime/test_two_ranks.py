@@ -8,6 +8,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate import Accelerator
-from runtime_toys import EXACT, Recorder, build_llama, cut, differ, make_rows, read_gradient, stack, train_whole
+from runtime_toys import (
+    EXACT,
+    Recorder,
+    build_llama,
+    build_mixtral,
+    cut,
+    differ,
+    make_rows,
+    read_gradient,
+    stack,
+    train_whole,
+)
 from test_contrastive import build_clip, find_truth, make_pairs
 from torch.nn.parallel import DistributedDataParallel
 
@@ -108,6 +120,41 @@ def check_two_towers(rank: int) -> None:
     assert differ(read_gradient(model), truth) <= EXACT
 
 
+def check_lightning(rank: int) -> None:
+    if find_spec("lightning") is None:
+        return
+    import lightning.pytorch as pl
+    from lightning.fabric.plugins.environments import TorchElasticEnvironment
+    from lightning.pytorch.strategies import DDPStrategy
+    from test_lightning import QUIET, STEPS, Job
+    from torch.utils.data import DataLoader
+
+    from brim.runtime.lightning import LightningExact
+
+    for build in (build_llama, build_mixtral):
+        model = build()
+        mine = [ROWS[:5], ROWS[5:]]  # windows: 3 and 2 micro-batches of one row on each rank
+        truth = []
+        for start, stop in ((0, 3), (3, 5)):
+            rows = [row for half in mine for row in half[start:stop]]
+            model.config.output_router_logits = False
+            plain = train_whole(model, stack(rows))
+            if build is build_mixtral:
+                model.config.output_router_logits = True
+                sum(model(**stack([row])).aux_loss * 0.5 / len(rows) for row in rows).backward()
+                plain += read_gradient(model)
+                model.zero_grad()
+            truth.append(plain)
+        job = Job(model)
+        strategy = DDPStrategy(cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo")
+        trainer = pl.Trainer(
+            **{**QUIET, "devices": 2}, strategy=strategy, max_epochs=1, accumulate_grad_batches=STEPS,
+            callbacks=[LightningExact()], use_distributed_sampler=False,
+        )  # fmt: skip
+        trainer.fit(job, DataLoader(mine[rank], batch_size=1, collate_fn=stack))
+        assert [differ(found, one) <= EXACT for found, one in zip(job.recorder.seen, truth, strict=True)] == [True] * 2
+
+
 def check_sharing(rank: int) -> None:
     assert share_from_first({"rank": rank}) == {"rank": 0}
     assert gather_numbers([rank, 2.5]) == [[0, 2.5], [1, 2.5]]
@@ -118,7 +165,7 @@ def check_sharing(rank: int) -> None:
 
 CHECKS: tuple[Callable[[int], None], ...] = (
     check_accumulate, check_unlabelled_rank_repeats, check_stock_mean_is_off, check_accelerate, check_contrastive,
-    check_two_towers, check_sharing,
+    check_two_towers, check_sharing, check_lightning,
 )  # fmt: skip
 
 
@@ -127,7 +174,7 @@ def run_rank(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-        ACCELERATE_USE_CPU="true",
+        GROUP_RANK="0", ACCELERATE_USE_CPU="true",
     )  # fmt: skip
     dist.init_process_group("gloo", rank=rank, world_size=2)
     failed = ""

@@ -34,7 +34,8 @@ class Seen:
 
 
 def measure_form(
-    loss_of: LossOf, model: nn.Module, batch: Inputs, *, parts: Iterable[Parts] = (), coefficients: Sequence[float] = (),
+    loss_of: LossOf, model: nn.Module, batch: Inputs, *, parts: Iterable[Parts] = (),
+    coefficients: Sequence[float] = (),
 ) -> LossForm:  # fmt: skip
     """Return what a loss averages over.
 
@@ -224,8 +225,8 @@ def _from_parts(watch: _Watch, trials: Sequence[Parts], precise: float) -> LossF
             return LossForm(rule=ROWS, reduction="sum")
     raise InseparableLoss(
         reason="no count makes the loss of a batch the weighted mean of its parts' losses",
-        advice="in-batch negatives: brim.accumulate_contrastive; a KL baseline or batch statistics: keep the micro-batch "
-        "at the whole batch",
+        advice="in-batch negatives: brim.accumulate_contrastive; a KL baseline or batch statistics: keep the "
+        "micro-batch at the whole batch",
     )  # fmt: skip
 
 

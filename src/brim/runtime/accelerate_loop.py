@@ -72,7 +72,8 @@ class AccelerateBatches:
     """The micro-batches of a loader, a window at a time, and the weight of the one that was handed out last."""
 
     def __init__(
-        self, accelerator: Any, model: nn.Module, loader: Iterable[Inputs], *, loss: Any, form: LossForm | None, group: Any
+        self, accelerator: Any, model: nn.Module, loader: Iterable[Inputs], *, loss: Any, form: LossForm | None,
+        group: Any,
     ) -> None:  # fmt: skip
         self._accelerator, self._model, self._loader = accelerator, model, loader
         self._loss, self._form, self._group = loss, form, group

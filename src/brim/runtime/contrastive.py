@@ -76,9 +76,9 @@ def accumulate_contrastive(
         micro_batch_size: rows per micro-batch; one number for each encoder where they differ.
         model: the trained module or modules, wrapped or not; parameters that the loss uses itself, such as a
             temperature, are found among theirs.
-        encode: returns the embeddings of a micro-batch, one row per sequence, or a tuple of such (text and image). A list
-            where each encoder has its own; one function otherwise.
-        loss: takes all embeddings, those of the first encoder first, and returns a mean over the batch.
+        encode: returns the embeddings of a micro-batch, one row per sequence, or a tuple of such (text and image). A
+            list where each encoder has its own; one function otherwise.
+        loss: takes all embeddings, those of the first encoder first; returns the loss of the batch.
         scaler: a `torch.amp.GradScaler`.
         group: data-parallel process group; the default one if None.
 
@@ -117,7 +117,7 @@ def _flatten(columns: Sequence[Sequence[_Piece]]) -> Iterator[_Piece]:
 def _find_gradients(
     columns: Sequence[Sequence[_Piece]], models: Sequence[nn.Module], loss: Callable[..., Tensor], group: Any
 ) -> tuple[Tensor, list[tuple[nn.Parameter, Tensor]]]:
-    """Give each piece the gradients of its embeddings; return the loss, and gradients of parameters that it uses itself.
+    """Give each piece its embeddings' gradients; return the loss, and gradients of parameters that it uses itself.
 
     Every rank takes the loss of all embeddings, so the gradient of its own is whole; times the number of ranks, since
     gradients are averaged over them. Those of the loss's own parameters are the same on every rank already.
@@ -162,7 +162,8 @@ def _gather(leaf: Tensor, group: Any) -> tuple[Tensor, int]:
 
 
 def _run_backward(
-    columns: Sequence[Sequence[_Piece]], models: Sequence[nn.Module], own: Sequence[tuple[nn.Parameter, Tensor]], scaler: Any
+    columns: Sequence[Sequence[_Piece]], models: Sequence[nn.Module], own: Sequence[tuple[nn.Parameter, Tensor]],
+    scaler: Any,
 ) -> None:  # fmt: skip
     """Run the second pass. The last micro-batches of all encoders go together, so that every parameter is reduced."""
     for piece in (piece for column in columns for piece in column[:-1]):

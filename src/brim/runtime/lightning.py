@@ -32,10 +32,11 @@ class LightningExact(Callback):
 
         Trainer(accumulate_grad_batches=8, callbacks=[LightningExact()])
 
-    Lightning hands out one micro-batch at a time, so nobody can count ahead: each loss gets n / n0, n0 being the terms of
-    a typical micro-batch, and once the window is over its gradients get n0 x ranks / N. That is after they were reduced
-    and unscaled and before they are clipped; callbacks that look at gradients there belong after this one. Auxiliary
-    losses, whose share is known just as late, keep their gradients apart, which takes the memory of one more gradient.
+    Lightning hands out one micro-batch at a time, so nobody can count ahead: each loss gets n / n0, n0 being the terms
+    of a typical micro-batch, and once the window is over its gradients get n0 x ranks / N. That is after they were
+    reduced and unscaled and before they are clipped; callbacks that look at gradients there belong after this one.
+    Auxiliary losses, whose share is known just as late, keep their gradients apart, which takes the memory of one more
+    gradient.
 
     What `training_step` returns to Lightning is weighted; what it logs by itself is not.
 
@@ -90,7 +91,9 @@ class LightningExact(Callback):
         """Give the module its own training step back."""
         self._restore(pl_module)
 
-    def _run_step(self, trainer: Any, module: Any, step: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
+    def _run_step(
+        self, trainer: Any, module: Any, step: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any
+    ) -> Any:  # fmt: skip
         if not isinstance(batch, Mapping):
             kind = type(batch).__name__
             raise InvalidInput(f"LightningExact counts in named inputs; batches must be mappings, not {kind}")

@@ -14,7 +14,9 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def gather_numbers(numbers: Sequence[float], device: torch.device | str = "cpu", group: Any = None) -> list[list[float]]:
+def gather_numbers(
+    numbers: Sequence[float], device: torch.device | str = "cpu", group: Any = None
+) -> list[list[float]]:  # fmt: skip
     """Return the numbers of every rank, in rank order; only one's own without a process group.
 
     Args:
@@ -31,7 +33,7 @@ def gather_numbers(numbers: Sequence[float], device: torch.device | str = "cpu",
 
 
 def share_from_first(value: Any, group: Any = None) -> Any:
-    """Return the value of the group's first rank on every rank, so that all of them measure on the same batch and decide the same."""
+    """Return the first rank's value on every rank: all of them measure on the same batch and decide the same."""
     if not is_distributed():
         return value
     first = 0 if group is None else dist.get_global_rank(group, 0)
