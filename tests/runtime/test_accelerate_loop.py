@@ -125,6 +125,11 @@ def test_what_cannot_be_counted_is_refused() -> None:
         next(iter(batches))
     with exact_accelerate(accelerator, model, []) as batches, pytest.raises(InvalidInput, match="no micro-batch"):
         next(iter(batches))
+    with (
+        exact_accelerate(accelerator, model, []), pytest.raises(InvalidInput, match="already"),
+        exact_accelerate(accelerator, model, []),
+    ):  # fmt: skip
+        pass
     plugin = GradientAccumulationPlugin(num_steps=2, sync_with_dataloader=False)
     accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
     with pytest.raises(InvalidInput, match="epoch"), exact_accelerate(accelerator, model, []):

@@ -51,20 +51,21 @@ def exact_accelerate(
         group: data-parallel process group; the default one if None.
 
     Raises:
-        InvalidInput: ranks that share rows, windows that reach over the end of an epoch, batches without names.
+        InvalidInput: a second loader at the same time, ranks that share rows, windows that reach over the end of an
+            epoch, batches without names.
         InseparableLoss: while iterating, if the loss is no weighted mean of its micro-batches' losses.
     """
     _refuse(accelerator)
     batches = AccelerateBatches(accelerator, model, loader, loss=loss, form=form, group=group)
-    theirs = {name: vars(accelerator)[name] for name in ("backward", "_do_sync") if name in vars(accelerator)}
-    backward = accelerator.backward
+    backward, replaced = accelerator.backward, "backward" in vars(accelerator)
     accelerator.backward = lambda loss, **kwargs: batches.run_backward(backward, loss, **kwargs)
     accelerator._do_sync = batches.set_sync
     try:
         yield batches
     finally:
         del accelerator.backward, accelerator._do_sync
-        vars(accelerator).update(theirs)
+        if replaced:  # by somebody before
+            accelerator.backward = backward
         batches.close()
 
 
@@ -166,6 +167,8 @@ def _is_engine(accelerator: Any, name: str) -> bool:
 
 
 def _refuse(accelerator: Any) -> None:
+    if "_do_sync" in vars(accelerator):
+        raise InvalidInput("this accelerator counts the micro-batches of a loader already; leave that block first")
     if not accelerator.gradient_state.sync_with_dataloader:
         raise InvalidInput(
             "sync_with_dataloader=False lets a window reach over the end of an epoch, where nobody can count ahead; "
