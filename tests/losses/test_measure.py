@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brim.errors import InseparableLoss
-from brim.losses.form import AuxiliaryTap, LossForm
+from brim.losses.form import AuxiliaryTap, LossForm, list_coefficients
 from brim.losses.measure import measure_form
 from brim.losses.rules import ROWS, CountingRule
 
@@ -150,6 +151,18 @@ def test_sixteen_bit_models_are_measured_too(name: str) -> None:
     assert found == expected
 
 
+def test_a_small_router_loss_is_not_lost_in_the_noise_of_sixteen_bit() -> None:
+    """The loss itself is made in 32 bit, from calls that were seen: what is left over is no noise."""
+    network = Network().bfloat16()
+
+    def loss_of(inputs: Any) -> Tensor:
+        out = network(**inputs)
+        return F.cross_entropy(*pick(out["logits"].float(), inputs["labels"], True)) + 0.02 * out["aux_loss"].float()
+
+    found = measure_form(loss_of, network, make_batch(), coefficients=[0.02])
+    assert found == LossForm(rule=SHIFTED, auxiliary=(("aux_loss", 0.02),))
+
+
 def test_autocast_inside_the_loss_widens_the_tolerance() -> None:
     """Kernels of other sizes round differently: noise of 16 bit is no reason to refuse."""
     network, calls = Network(), []
@@ -265,6 +278,11 @@ def test_coefficients_are_rounded_to_what_the_config_declares() -> None:
     (found,) = measure(make, Network(), make_batch()).auxiliary
     assert found[0] == "aux_loss" and found[1] == pytest.approx(0.25, rel=1e-3)
     assert measure(make, Network(), make_batch(), coefficients=[0.001, 0.2501]).auxiliary == (("aux_loss", 0.2501),)
+
+
+def test_declared_coefficients_are_listed() -> None:
+    text = SimpleNamespace(router_aux_loss_coef=0.02)
+    assert list_coefficients(SimpleNamespace(aux_loss_coef=0, text_config=text), None) == [0.02]
 
 
 def test_one_row_is_enough_where_torch_makes_the_loss() -> None:

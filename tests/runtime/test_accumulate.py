@@ -81,7 +81,7 @@ def test_a_given_form_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_form_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, measured = build_llama(), []
     theirs = module.measure_form
-    monkeypatch.setattr(module, "measure_form", lambda *args: measured.append(1) or theirs(*args))
+    monkeypatch.setattr(module, "measure_form", lambda *args, **more: measured.append(1) or theirs(*args, **more))
     for _ in range(3):
         run_step(model, stack(ROWS), 2, loss=lambda inputs: model(**inputs).loss)
     assert len(measured) == 1

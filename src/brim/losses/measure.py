@@ -31,6 +31,8 @@ class Seen:
     loss: float
     calls: Sequence[LossCall] = ()
     auxiliary: dict[str, float] = field(default_factory=dict)
+    precise: float = PRECISE
+    """Relative difference that counts as none between the loss and what the calls gave: no noise of kernels in it."""
 
 
 def measure_form(
@@ -56,7 +58,7 @@ def measure_form(
     refuse_batch_norm(model)
     with _Watch(loss_of, model) as watch:
         precise = watch.find_tolerance(batch)
-        form = _from_calls(watch, batch, precise) or _from_labels(watch, batch, precise)
+        form = _from_calls(watch, batch) or _from_labels(watch, batch, precise)
         trials = [*split_rows(batch), *parts]
         if form is None:
             return _from_parts(watch, trials, precise)
@@ -114,19 +116,20 @@ class _Watch:
         """Return the loss of one batch."""
         copy = {key: value.clone() if isinstance(value, Tensor) else value for key, value in inputs.items()}
         with torch.no_grad(), LossTap() as tap:
-            loss = float(self._loss_of(copy))
+            loss = self._loss_of(copy)
         self._is_coarse |= tap.is_coarse
         auxiliary = {kind: float(value) for kind, value in self._tap.take().items()}
-        return Seen(loss=loss, calls=tap.calls, auxiliary=auxiliary)
+        precise = COARSE if loss.dtype in _SHORT else PRECISE
+        return Seen(loss=float(loss), calls=tap.calls, auxiliary=auxiliary, precise=precise)
 
 
-def _from_calls(watch: _Watch, batch: Inputs, precise: float) -> LossForm | None:
+def _from_calls(watch: _Watch, batch: Inputs) -> LossForm | None:
     """Return the form that torch's own loss functions show; None where they do not make up the loss."""
     variants = list(vary_labels(batch, watch.ignored))
     seen = [watch.see(variant) for variant in variants]
     if not all(one.calls for one in seen):
         return None
-    made, auxiliary = _explain(seen, precise)
+    made, auxiliary = _explain(seen, max(one.precise for one in seen))
     if made is None:
         return None
     for numbers in _list_numbers(made, seen):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from brim.errors import InvalidInput
-from brim.losses.form import AuxiliaryTap, LossForm
+from brim.losses.form import AuxiliaryTap, LossForm, list_coefficients
 from brim.losses.measure import measure_form
 from brim.losses.rules import count_rows
 from brim.runtime.ranks import is_distributed, share_from_first
@@ -137,7 +137,8 @@ def measure_model(
             sample = share_from_first(move_inputs(sample, "cpu"), group)
         if sample is None:
             raise InvalidInput("no micro-batch to measure the loss on; rank 0 needs one in the first window")
-        forms[key] = measure_form(loss or _own_loss(module), module, move_inputs(sample, find_device(model)))
+        sample, declared = move_inputs(sample, find_device(model)), list_coefficients(getattr(module, "config", None))
+        forms[key] = measure_form(loss or _own_loss(module), module, sample, coefficients=declared)
     return forms[key]
 
 

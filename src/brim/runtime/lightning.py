@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from brim.errors import InvalidInput
-from brim.losses.form import AuxiliaryTap, LossForm
+from brim.losses.form import AuxiliaryTap, LossForm, list_coefficients
 from brim.losses.measure import measure_form, refuse_batch_norm
 from brim.runtime.accumulate import move_inputs
 from brim.runtime.ranks import gather_numbers, is_distributed, share_from_first
@@ -126,7 +126,8 @@ class LightningExact(Callback):
 
         if self._form is None:
             with _Quiet(module):
-                self._form = measure_form(loss_of, network, sample)
+                declared = list_coefficients(module, getattr(network, "config", None))
+                self._form = measure_form(loss_of, network, sample, coefficients=declared)
         self._typical = max(int(self._form.rule.count(sample)), 1)
         if self._form.auxiliary:
             self._tap = AuxiliaryTap(network)
