@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+import torch
 from torch import Tensor
 from transformers import LlamaConfig, MixtralConfig
 

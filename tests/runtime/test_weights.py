@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+import torch
 import torch.multiprocessing as spawning
 from torch import Tensor, nn
 from transformers import LlamaConfig, T5Config
@@ -80,7 +81,9 @@ def train_on_rank(rank: int, folder: str, architecture: str, optimizer: str, pre
 @pytest.mark.parametrize(("architecture", "optimizer", "precision"), [
     ("LlamaForCausalLM", "sgd", "fp32"), ("T5ForConditionalGeneration", "adamw", "fp64"),
 ])  # fmt: skip
-def test_two_ranks_end_with_the_weights_of_one(tmp_path: Any, architecture: str, optimizer: str, precision: str) -> None:
+def test_two_ranks_end_with_the_weights_of_one(
+    tmp_path: Any, architecture: str, optimizer: str, precision: str
+) -> None:
     torch.set_num_threads(1)
     alone = train(make_model(architecture, precision), optimizer, architecture, 8)
     spawning.spawn(train_on_rank, (str(tmp_path), architecture, optimizer, precision), nprocs=2)

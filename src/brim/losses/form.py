@@ -15,6 +15,8 @@ AUXILIARY_KINDS = ("aux_loss", "z_loss")
 """How transformers' outputs name router losses. Source: transformers/modeling_outputs.py (`aux_loss`, `z_loss`,
 `encoder_aux_loss`, ...)."""
 
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef", "aux_loss_alpha")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossForm:
@@ -45,6 +47,13 @@ def read_auxiliary(outputs: Any) -> dict[str, Tensor]:
             if name.endswith(kind) and isinstance(value, Tensor) and value.dim() == 0:
                 found[kind] = found[kind] + value if kind in found else value
     return found
+
+
+def list_coefficients(*places: Any) -> list[float]:
+    """Return the coefficients of auxiliary losses that configs or other objects declare; a place may be None."""
+    inner = [getattr(place, name, None) for place in places for name in ("text_config", "decoder", "llm_config")]
+    found = [getattr(place, name, None) for place in (*places, *inner) for name in _COEFFICIENTS]
+    return [float(value) for value in found if isinstance(value, (int, float)) and value]
 
 
 def _push(outputs: Any, kind: str, amount: float) -> None:

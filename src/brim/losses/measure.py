@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from brim.errors import InseparableLoss
 from brim.losses.form import LossForm
 from brim.losses.rules import ROWS, CountingRule, list_rules
 from brim.losses.views import Inputs, Parts, split_labels, split_rows, vary_labels
-from brim.losses.watch import LossOf, LossWatch, Seen, stirred
-
-PRECISE, COARSE = 5e-6, 1e-2
-"""Relative difference of two losses that are the same number in fp32, and in 16 bit (measured noise floors: 5e-7 and
-6e-3)."""
-
+from brim.losses.watch import PRECISE, LossOf, LossWatch, Seen, stirred
 
 Auxiliary = tuple[tuple[str, float], ...]
 """Kind and coefficient of each auxiliary loss."""
@@ -45,10 +39,10 @@ def measure_form(
     """
     refuse_batch_norm(model)
     with LossWatch(loss_of, model) as watch:
-        precise = PRECISE if _is_precise(model) else COARSE
+        precise = watch.find_tolerance(batch)
         outer = tuple((kind, _round_to(c, coefficients)) for kind, c in watch.outer_coefficients(batch).items())
         trials = [*split_rows(batch), *parts]
-        form = _from_calls(watch, batch, precise, coefficients) or _from_labels(watch, batch, precise, outer)
+        form = _from_calls(watch, batch, coefficients) or _from_labels(watch, batch, precise, outer)
         if form is None:
             return _from_parts(watch, trials, precise, outer)
         _confirm(watch, form, trials, precise)
@@ -65,32 +59,43 @@ def refuse_batch_norm(model: nn.Module) -> None:
             )
 
 
-def _is_precise(model: nn.Module) -> bool:
-    kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    autocast = torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
-    return kinds <= {torch.float32, torch.float64} and not autocast
-
-
-def _from_calls(watch: LossWatch, batch: Inputs, precise: float, coefficients: Sequence[float]) -> LossForm | None:
+def _from_calls(watch: LossWatch, batch: Inputs, coefficients: Sequence[float]) -> LossForm | None:
     """Return the form that torch's own loss functions show; None where they do not make up the loss."""
-    variants = list(vary_labels(batch))
+    variants = list(vary_labels(batch, watch.ignored))
     seen = [watch.see(variant) for variant in variants]
     if not all(one.calls for one in seen):
         return None
-    reduction, auxiliary = _explain(seen, precise)
-    if reduction is None:
+    made, auxiliary = _explain(seen, max(one.precise for one in seen))
+    if made is None:
         return None
-    counts = [{call.num_terms for call in one.calls} for one in seen]
-    if any(len(found) > 1 for found in counts):
-        terms = " and ".join(f"{number:g}" for number in sorted(counts[0]))
+    auxiliary = tuple((kind, _round_to(value, coefficients)) for kind, value in auxiliary)
+    for numbers in _list_numbers(made, seen):
+        rule = next(_match_rules(variants, numbers, seen), None)
+        if rule is not None:
+            return LossForm(rule=rule, reduction="sum" if made == "sum" else "mean", auxiliary=auxiliary)
+    return None
+
+
+def _list_numbers(made: str, seen: Sequence[Seen]) -> Iterator[list[float]]:
+    """Yield what the loss may average over in each variant: terms of a call, of all calls together, or calls (rows).
+
+    Raises:
+        InseparableLoss: means over different counts are added.
+    """
+    counts = [[call.num_terms for call in one.calls] for one in seen]
+    alike = all(len(set(found)) == 1 for found in counts)
+    if alike:
+        yield [found[0] for found in counts]
+    elif made == "mean":
+        terms = " and ".join(f"{number:g}" for number in sorted(set(counts[0])))
         raise InseparableLoss(
             reason=f"the loss adds means over different counts ({terms} terms in one batch)",
             advice="return one mean, or keep the micro-batch at the whole batch",
         )
-    numbers = [found.pop() for found in counts]
-    rule = next(_match_rules(variants, numbers, seen), None)
-    auxiliary = tuple((kind, _round_to(value, coefficients)) for kind, value in auxiliary)
-    return None if rule is None else LossForm(rule=rule, reduction=reduction, auxiliary=auxiliary)
+    if alike or made != "mean of means":
+        yield [sum(found) for found in counts]
+    if made == "mean of means":
+        yield [len(found) for found in counts]
 
 
 def _match_rules(variants: Sequence[Inputs], numbers: Sequence[float], seen: Sequence[Seen]) -> Iterator[CountingRule]:
@@ -105,19 +110,17 @@ def _match_rules(variants: Sequence[Inputs], numbers: Sequence[float], seen: Seq
 
 
 def _explain(seen: Sequence[Seen], precise: float) -> tuple[Any, tuple[tuple[str, float], ...]]:
-    """Return how the calls make up the loss, and what the rest is; None if they do not."""
+    """Return how the calls make up the loss, and what auxiliary part the rest is; None if they do not."""
     sums = {
         "mean": (lambda calls: sum(call.value for call in calls)),
         "mean of means": (lambda calls: sum(call.value for call in calls) / len(calls)),
         "sum": (lambda calls: sum(call.value * call.num_terms for call in calls)),
-        "pooled": (
-            lambda calls: sum(call.value * call.num_terms for call in calls) / max(sum(c.num_terms for c in calls), 1)
-        ),
+        "pooled": (lambda calls: sum(c.value * c.num_terms for c in calls) / max(sum(c.num_terms for c in calls), 1)),
     }
     for name, made_of in sums.items():
         rest = [one.loss - made_of(one.calls) for one in seen]
         if all(abs(left) <= precise * abs(one.loss) for left, one in zip(rest, seen, strict=True)):
-            return ("sum" if name == "sum" else "mean"), ()
+            return name, ()
     rest = [one.loss - sums["mean"](one.calls) for one in seen]
     return _explain_rest(rest, seen, precise)
 
@@ -139,11 +142,11 @@ def _from_labels(watch: LossWatch, batch: Inputs, precise: float, outer: Auxilia
     if parts is None:
         return None
     seen = [watch.see(part) for part in parts]
-    for rule in list_rules(parts.whole):
-        form = LossForm(rule=rule, auxiliary=outer)
-        if rule != ROWS and _distance(form, parts, seen) <= precise * max(abs(seen[0].loss), 1e-3):
-            return form
-    return None
+    if abs(seen[1].loss - seen[2].loss) <= 10 * PRECISE * abs(seen[0].loss):
+        return None  # the labels make no difference, and every rule would do
+    forms = [LossForm(rule=rule, auxiliary=outer) for rule in list_rules(parts.whole) if rule != ROWS]
+    fitting, _ = _fitting_forms(forms, parts, seen, precise)
+    return fitting[0] if fitting else None
 
 
 def _from_parts(watch: LossWatch, trials: Sequence[Parts], precise: float, outer: Auxiliary) -> LossForm:
@@ -163,7 +166,7 @@ def _from_parts(watch: LossWatch, trials: Sequence[Parts], precise: float, outer
             seen = watch.see_parts(parts)
             if seen is None:
                 continue
-            fitting, informative = _fitting_forms(parts, seen, precise, outer)
+            fitting, informative = _fitting_forms(_list_forms(parts, outer), parts, seen, precise)
             told_apart |= informative
             if informative and fitting:
                 return fitting[0]
@@ -175,17 +178,30 @@ def _from_parts(watch: LossWatch, trials: Sequence[Parts], precise: float, outer
     )  # fmt: skip
 
 
-def _fitting_forms(parts: Parts, seen: Sequence[Seen], precise: float, outer: Auxiliary) -> tuple[list[LossForm], bool]:
-    """Return the forms that give the whole, and whether all others miss it by far more than the noise."""
+def _list_forms(parts: Parts, outer: Auxiliary) -> list[LossForm]:
+    """Return every form that a loss made out of sight may have, rows first."""
     rules = (ROWS, *(rule for rule in list_rules(parts.whole) if rule != ROWS))
     forms = [LossForm(rule=rule, auxiliary=outer) for rule in rules]
-    forms.append(LossForm(rule=ROWS, reduction="sum", auxiliary=outer))
-    noise = precise * max(abs(seen[0].loss), 1e-3)
-    distances = [_distance(form, parts, seen) for form in forms]
-    fitting = [form for form, distance in zip(forms, distances, strict=True) if distance <= noise]
+    return [*forms, LossForm(rule=ROWS, reduction="sum", auxiliary=outer)]
+
+
+def _fitting_forms(
+    forms: Sequence[LossForm], parts: Parts, seen: Sequence[Seen], precise: float
+) -> tuple[list[LossForm], bool]:
+    """Return the forms that give the whole, and whether all others miss it by far more than the noise.
+
+    In 16 bit the tolerance is so wide that a rule which is wrong may lie within it; the right one lies nearer.
+    """
+    scale = max(abs(seen[0].loss), 1e-3)
+    far = [_distance(form, parts, seen) / scale for form in forms]
+    nearest = min(far, default=float("inf"))
+    near = max(1.5 * nearest, PRECISE)
+    if nearest > precise:
+        return [], True
+    fitting = [form for form, one in zip(forms, far, strict=True) if one <= near]
     alike = {_share(form, parts) for form in fitting}
-    others = [d for form, d in zip(forms, distances, strict=True) if _share(form, parts) not in alike]
-    return fitting, len(alike) <= 1 and len(others) > 0 and min(others) > 5 * noise
+    others = [one for form, one in zip(forms, far, strict=True) if _share(form, parts) not in alike]
+    return fitting, len(alike) <= 1 and len(others) > 0 and min(others) > max(3 * nearest, 5 * PRECISE)
 
 
 def _share(form: LossForm, parts: Parts) -> float:

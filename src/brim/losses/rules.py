@@ -79,13 +79,19 @@ def list_rules(inputs: Mapping[str, Any], ignored: tuple[int, ...] = ()) -> Iter
         inputs: one micro-batch as keyword arguments of the model.
         ignored: values beside -100 that a loss was seen to leave out.
     """
+    single = []
     for key, value in inputs.items():
         if is_target(key, value):
             for leave_out in dict.fromkeys((IGNORED, *ignored)):
-                yield from _both_ways(key, value, leave_out)
+                if value.dim() == 1 and leave_out != IGNORED:
+                    single.append(CountingRule(key=key, ignored=leave_out))
+                else:
+                    yield from _both_ways(key, value, leave_out)
         elif key in _MASKS and isinstance(value, Tensor):
             yield from _both_ways(key, value, 0)
     yield ROWS
+    # a span's loss ignores the length that this batch is padded to: no rule for the next one, if rows do as well
+    yield from single
 
 
 def is_target(key: str, value: object) -> bool:

@@ -25,15 +25,20 @@ class LossCall:
 
 
 class LossTap(TorchFunctionMode):
-    """While entered, `calls` grows by what each of torch's loss functions averaged over."""
+    """While entered, `calls` grows by what each of torch's loss functions averaged over.
+
+    `is_coarse` turns true once anything is computed in 16 bit, by whichever context it was asked for.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[LossCall] = []
+        self.is_coarse = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        self.is_coarse |= isinstance(result, Tensor) and result.dtype in (torch.bfloat16, torch.float16)
         count = _COUNTS.get(func)
         if count is not None and isinstance(result, Tensor):
             self._record(count(*args, **kwargs), result, kwargs)

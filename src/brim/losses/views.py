@@ -21,14 +21,18 @@ class Parts(NamedTuple):
     second: Inputs
 
 
-def vary_labels(inputs: Inputs) -> Iterator[dict[str, Any]]:
+def vary_labels(inputs: Inputs, ignored: int = IGNORED) -> Iterator[dict[str, Any]]:
     """Yield the batch with labels under which the counting rules count differently.
 
     On real data they may agree: where no prompt is trained on, position 0 is never a target, and a shifted and an
     unshifted count are the same number until the day they are not.
+
+    Args:
+        inputs: the batch.
+        ignored: target that the loss leaves out; any other number there may be out of its range.
     """
-    yield _relabel(inputs, lambda labels: _set_first(labels, rows=1, dropped=1))
-    yield _relabel(inputs, lambda labels: _set_first(labels, rows=labels.shape[0], dropped=2))
+    yield _relabel(inputs, lambda labels: _set_first(labels, ignored, rows=1, dropped=1))
+    yield _relabel(inputs, lambda labels: _set_first(labels, ignored, rows=labels.shape[0], dropped=2))
 
 
 def split_labels(inputs: Inputs) -> Parts | None:
@@ -81,21 +85,21 @@ def _relabel(inputs: Inputs, change: Any) -> dict[str, Any]:
     return {key: change(value.clone()) if is_target(key, value) else value for key, value in inputs.items()}
 
 
-def _set_first(labels: Tensor, *, rows: int, dropped: int) -> Tensor:
+def _set_first(labels: Tensor, ignored: int, *, rows: int, dropped: int) -> Tensor:
     """Make position 0 of some rows a target and a few others none, so that every rule counts another number."""
     if labels.dim() == 1:
-        if len(labels) > dropped:
-            labels[:dropped] = IGNORED
+        if len(labels) > dropped and ignored == IGNORED:
+            labels[:dropped] = ignored
         return labels
-    value = labels[labels.ne(IGNORED)][0] if labels.ne(IGNORED).any() else 0
-    if labels.ne(IGNORED).sum() < 2 * dropped + 2:  # hardly a target: make some
+    value = labels[labels.ne(ignored)][0] if labels.ne(ignored).any() else 0
+    if labels.ne(ignored).sum() < 2 * dropped + 2:  # hardly a target: make some
         labels[0] = value
-    counted = labels.ne(IGNORED)
+    counted = labels.ne(ignored)
     for row in range(labels.shape[0]):
         places = counted[row].nonzero().flatten().tolist() if labels.dim() == 2 else []
         spare = [place for place in places if place][:dropped]
         if len(places) > dropped + 1:
-            labels[row, spare] = IGNORED
+            labels[row, spare] = ignored
     labels[:rows, 0] = value
     return labels
 

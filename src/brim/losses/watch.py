@@ -12,10 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from brim.losses.form import AuxiliaryTap
+from brim.losses.rules import IGNORED
 from brim.losses.tap import LossCall, LossTap
 from brim.losses.views import Inputs, Parts
 
 LossOf = Callable[[Inputs], Tensor]
+PRECISE, COARSE = 5e-6, 3e-2
+"""Relative difference of two losses that are the same number in fp32, and in 16 bit (measured noise floors: 5e-7 and
+6e-3)."""
+_SHORT = (torch.bfloat16, torch.float16)
 _STIRRED_BYTES = 64 * 2**20
 
 
@@ -26,6 +31,8 @@ class Seen:
     loss: float
     calls: Sequence[LossCall] = ()
     auxiliary: dict[str, float] = field(default_factory=dict)
+    precise: float = PRECISE
+    """Relative difference that counts as none between the loss and what the calls gave: no noise of kernels in it."""
 
 
 class LossWatch:
@@ -33,6 +40,8 @@ class LossWatch:
 
     def __init__(self, loss_of: LossOf, model: nn.Module) -> None:
         self._loss_of, self.model = loss_of, model
+        self._is_coarse = False
+        self.ignored = IGNORED
 
     def __enter__(self) -> LossWatch:
         self._modes = {module: module.training for module in self.model.modules()}
@@ -53,14 +62,26 @@ class LossWatch:
                 buffer.copy_(kept)
         self._random.__exit__(*error)
 
+    def find_tolerance(self, inputs: Inputs) -> float:
+        """Return the relative difference of two losses that counts as none, in the precision that they are made in.
+
+        A trainer or a wrapped `forward` enters autocast by itself, so the dtypes of what is computed are looked at.
+        """
+        tf32 = torch.get_float32_matmul_precision() != "highest"
+        self._is_coarse = tf32 or any(one.dtype in _SHORT for one in self.model.parameters())
+        self.ignored = next((call.ignored for call in self.see(inputs).calls if call.ignored is not None), IGNORED)
+        return COARSE if self._is_coarse else PRECISE
+
     def see(self, inputs: Inputs) -> Seen:
         """Return the loss of one batch."""
         copy = {key: value.clone() if isinstance(value, Tensor) else value for key, value in inputs.items()}
         self._tap.take()  # a batch that failed may have left its parts
         with torch.no_grad(), LossTap() as tap:
-            loss = float(self._loss_of(copy))
+            loss = self._loss_of(copy)
+        self._is_coarse |= tap.is_coarse
         auxiliary = {kind: float(value) for kind, value in self._tap.take().items()}
-        return Seen(loss=loss, calls=tap.calls, auxiliary=auxiliary)
+        precise = COARSE if loss.dtype in _SHORT else PRECISE
+        return Seen(loss=float(loss), calls=tap.calls, auxiliary=auxiliary, precise=precise)
 
     def outer_coefficients(self, inputs: Inputs) -> dict[str, float]:
         """Return by how much the loss moves with each auxiliary output: what is added outside the model."""

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from brim.errors import InvalidInput
-from brim.losses.form import AuxiliaryTap, LossForm
+from brim.losses.form import AuxiliaryTap, LossForm, list_coefficients
 from brim.losses.measure import measure_form
 from brim.losses.rules import count_rows
-from brim.runtime.ranks import share_from_first
+from brim.runtime.ranks import is_distributed, share_from_first
 from brim.runtime.window import Window, open_window
 
 Inputs = Mapping[str, Any]
 
-_FORMS: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], LossForm]] = WeakKeyDictionary()
+_FORMS: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], LossForm]] = WeakKeyDictionary()
 """Forms already measured: a memo of what the module would answer again."""
 
 
@@ -82,22 +82,22 @@ def accumulate(
         InvalidInput: a micro-batch size that does not go with the batch, or no micro-batch at all on any rank.
         InseparableLoss: the loss is no weighted mean of its micro-batches' losses.
     """
-    micro_batches = _split(batch, micro_batch_size)
-    form = form or _measured(model, loss, micro_batches, batch, group)
-    window = open_window(form, micro_batches, _device(model), group)
-    tap = AuxiliaryTap(_unwrap(model)) if form.auxiliary else None
+    micro_batches = split_batch(batch, micro_batch_size)
+    form = form or measure_model(model, loss, micro_batches, batch, group)
+    window = open_window(form, micro_batches, find_device(model), group)
+    tap = AuxiliaryTap(unwrap_model(model)) if form.auxiliary else None
     try:
         for index in range(window.most_micro_batches):
             inputs = micro_batches[min(index, len(micro_batches) - 1)]
             last = index == window.most_micro_batches - 1
-            with _reducing(model, reduce_each or last):
+            with reducing(model, reduce_each or last):
                 yield Micro(inputs=window.prepare(index, inputs), index=index, window=window, auxiliary=tap)
     finally:
         if tap is not None:
             tap.remove()
 
 
-def _split(batch: Inputs | Sequence[Inputs], size: int | None) -> list[Inputs]:
+def split_batch(batch: Inputs | Sequence[Inputs], size: int | None) -> list[Inputs]:
     """Return the micro-batches of a batch."""
     if not isinstance(batch, Mapping):
         if size is not None:
@@ -121,17 +121,54 @@ def _cut(batch: Inputs, rows: int, start: int, stop: int) -> Inputs:
     return {key: cut(value) for key, value in batch.items()}
 
 
-def _measured(
-    model: nn.Module, loss: Callable[[Inputs], Tensor] | None, micro_batches: list[Inputs], batch: Any, group: Any
+def measure_model(
+    model: nn.Module, loss: Callable[[Inputs], Tensor] | None, micro_batches: Sequence[Inputs], batch: Any, group: Any
 ) -> LossForm:
-    """Return the form of a model's loss, measured on the first call for inputs of these names."""
-    module = _unwrap(model)
+    """Return the form of a model's loss, measured on the first call for inputs of these names.
+
+    Ranks must agree on whether it is measured, so among several ranks the names, which may differ, do not count.
+    """
+    module = unwrap_model(model)
     forms = _FORMS.setdefault(module, {})
-    key = (*sorted(micro_batches[0]), "" if loss is None else repr(loss))
+    names = tuple(sorted(micro_batches[0])) if micro_batches and not is_distributed() else ()
+    key = (names, *identify_loss(loss))
     if key not in forms:
-        sample = batch if isinstance(batch, Mapping) else micro_batches[0]
-        forms[key] = measure_form(loss or _own_loss(module), module, share_from_first(sample, group))
+        sample = batch if isinstance(batch, Mapping) else next(iter(micro_batches), None)
+        if is_distributed():  # a tensor on a GPU would be unpickled on the same GPU by every rank
+            sample = share_from_first(move_inputs(sample, "cpu"), group)
+        if sample is None:
+            raise InvalidInput("no micro-batch to measure the loss on; rank 0 needs one in the first window")
+        sample, declared = move_inputs(sample, find_device(model)), list_coefficients(getattr(module, "config", None))
+        forms[key] = measure_form(loss or _own_loss(module), module, sample, coefficients=declared)
     return forms[key]
+
+
+def move_inputs(inputs: Inputs | None, device: torch.device | str) -> Inputs | None:
+    """Return a batch with its tensors on a device."""
+    if inputs is None:
+        return None
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+
+
+def identify_loss(loss: Callable[[Inputs], Tensor] | None) -> tuple[Any, ...]:
+    """Return what tells a loss from another of the same model without keeping either alive.
+
+    A function made anew in every step is the same one: its code and what it closes over are, not its address, which
+    the next function may get.
+    """
+    code = getattr(loss, "__code__", None)
+    if code is None:
+        return (repr(loss),)
+    cells = [cell.cell_contents for cell in getattr(loss, "__closure__", None) or () if _is_filled(cell)]
+    plain = [cell for cell in cells if isinstance(cell, (bool, int, float, str))]
+    return (code, repr(getattr(loss, "__defaults__", None)), *plain)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # not assigned yet
+        return False
 
 
 def _own_loss(module: nn.Module) -> Callable[[Inputs], Tensor]:
@@ -146,16 +183,16 @@ def _own_loss(module: nn.Module) -> Callable[[Inputs], Tensor]:
     return loss_of
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> nn.Module:
     """Return the module inside DistributedDataParallel, or the module itself."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
-def _device(model: nn.Module) -> torch.device:
+def find_device(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def _reducing(model: nn.Module, reduces: bool) -> AbstractContextManager[Any]:
+def reducing(model: nn.Module, reduces: bool) -> AbstractContextManager[Any]:
     """Return the context of a micro-batch whose backward pass reduces gradients over ranks, or does not."""
     if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
         model.set_requires_gradient_sync(reduces)

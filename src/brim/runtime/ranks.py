@@ -9,9 +9,14 @@ import torch
 import torch.distributed as dist
 
 
+def is_distributed() -> bool:
+    """Return whether there is a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def gather_numbers(
     numbers: Sequence[float], device: torch.device | str = "cpu", group: Any = None
-) -> list[list[float]]:
+) -> list[list[float]]:  # fmt: skip
     """Return the numbers of every rank, in rank order; only one's own without a process group.
 
     Args:
@@ -19,7 +24,7 @@ def gather_numbers(
         device: where the tensors of the collective live; NCCL needs the rank's GPU.
         group: process group of the data-parallel ranks; the default group if None.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_distributed():
         return [list(numbers)]
     mine = torch.tensor(numbers, dtype=torch.float64, device=device)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
@@ -28,9 +33,10 @@ def gather_numbers(
 
 
 def share_from_first(value: Any, group: Any = None) -> Any:
-    """Return rank 0's value on every rank, so that all of them measure on the same batch and decide the same."""
-    if not (dist.is_available() and dist.is_initialized()):
+    """Return the first rank's value on every rank: all of them measure on the same batch and decide the same."""
+    if not is_distributed():
         return value
+    first = 0 if group is None else dist.get_global_rank(group, 0)
     box = [value]
-    dist.broadcast_object_list(box, src=0, group=group)
+    dist.broadcast_object_list(box, src=first, group=group)
     return box[0]

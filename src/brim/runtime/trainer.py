@@ -10,8 +10,9 @@ from torch import Tensor
 
 from brim.errors import InvalidInput
 from brim.losses.form import AuxiliaryTap, LossForm
+from brim.runtime.accelerate_loop import divides_by
 from brim.runtime.ranks import gather_numbers
-from brim.runtime.trainer_loop import divides_by, list_coefficients, measure_trainer, steps_when_short
+from brim.runtime.trainer_loop import measure_trainer, steps_when_short
 from brim.runtime.window import Window, open_window
 
 
@@ -122,6 +123,3 @@ class ExactAccumulation:
             yield
         finally:
             del accelerator.backward
-
-
-__all__ = ["ExactAccumulation", "list_coefficients"]

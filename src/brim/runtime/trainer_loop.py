@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from brim.errors import InvalidInput
-from brim.losses.form import LossForm
+from brim.losses.form import LossForm, list_coefficients
 from brim.losses.measure import measure_form
 from brim.losses.rules import list_rules
 from brim.losses.views import Parts
@@ -22,13 +22,6 @@ _NUM_SAMPLES = 4
 _STEPS_PARTIAL_WINDOWS = (4, 47)
 """First release whose loop steps the last, partial window of a loader with a length. Source: transformers/trainer.py,
 `do_sync_step`, 4.46.3 against 4.47.1."""
-_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef", "aux_loss_alpha")
-
-
-def divides_by(accelerator: Any) -> int:
-    """Return what `accelerator.backward` divides a loss by. Source: accelerate/accelerator.py, `backward`."""
-    deepspeed = str(accelerator.distributed_type).endswith("DEEPSPEED")
-    return 1 if deepspeed else accelerator.gradient_accumulation_steps
 
 
 def steps_when_short(trainer: Any) -> bool:
@@ -40,14 +33,6 @@ def steps_when_short(trainer: Any) -> bool:
         return False
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     return version >= _STEPS_PARTIAL_WINDOWS or num_batches <= trainer.args.gradient_accumulation_steps
-
-
-def list_coefficients(trainer: Any) -> list[float]:
-    """Return the coefficients of auxiliary losses that the trainer and the model's config declare."""
-    config = getattr(trainer.model, "config", None)
-    places = [trainer, config, *[getattr(config, name, None) for name in ("text_config", "decoder", "llm_config")]]
-    found = [getattr(place, name, None) for place in places for name in _COEFFICIENTS]
-    return [float(value) for value in found if isinstance(value, (int, float)) and value]
 
 
 def measure_trainer(trainer: Any, batches: Sequence[Mapping[str, Any]]) -> LossForm:
@@ -71,10 +56,9 @@ def measure_trainer(trainer: Any, batches: Sequence[Mapping[str, Any]]) -> LossF
         with trainer.compute_loss_context_manager():
             return trainer.compute_loss(trainer.model, trainer._prepare_inputs(dict(inputs)))
 
+    coefficients = list_coefficients(trainer, getattr(trainer.model, "config", None))
     with _leaving_no_trace(trainer):
-        return measure_form(
-            loss_of, trainer.model, whole, parts=_collate_parts(trainer), coefficients=list_coefficients(trainer)
-        )
+        return measure_form(loss_of, trainer.model, whole, parts=_collate_parts(trainer), coefficients=coefficients)
 
 
 def _count_targets(inputs: Mapping[str, Any]) -> int:

@@ -56,8 +56,8 @@ class Window:
 
     def prepare(self, index: int, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the inputs of a micro-batch; where none of its terms counts, one is added that gets no weight."""
-        empty = index < len(self.counts) and self.counts[index] == 0
-        return self.form.rule.add_term(inputs) if empty else inputs
+        count = self.counts[index] if index < len(self.counts) else int(self.form.rule.count(inputs))
+        return inputs if count else self.form.rule.add_term(inputs)
 
 
 def open_window(
