@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from brim.exporters.record import Export
     from brim.planner.record import Plan
     from brim.readers.sources import read_model
+    from brim.runtime.accelerate_loop import exact_accelerate
     from brim.runtime.accumulate import accumulate
+    from brim.runtime.contrastive import accumulate_contrastive
     from brim.runtime.guard import guard, unguard
+    from brim.runtime.lightning import LightningExact
     from brim.runtime.trainer import ExactAccumulation
     from brim.spec.model import ModelShape
     from brim.spec.strategy import Strategy
@@ -32,6 +35,9 @@ _HOMES = {
     "trace": "brim.api",
     "verify_accumulation": "brim.api",
     "accumulate": "brim.runtime.accumulate",
+    "accumulate_contrastive": "brim.runtime.contrastive",
+    "exact_accelerate": "brim.runtime.accelerate_loop",
+    "LightningExact": "brim.runtime.lightning",
     "guard": "brim.runtime.guard",
     "unguard": "brim.runtime.guard",
     "ExactAccumulation": "brim.runtime.trainer",
@@ -49,9 +55,10 @@ _HOMES = {
 """Where each public name lives; a name is imported when it is first used, so `import brim` stays tiny."""
 
 __all__ = [
-    "AccumulationReport", "BrimError", "DoesNotFit", "Estimate", "ExactAccumulation", "Export", "ModelShape", "Plan",
-    "Strategy", "Workload", "__version__", "accumulate", "estimate", "export", "guard", "load_plan", "plan",
-    "read_model", "save_plan", "schema", "trace", "unguard", "verify_accumulation",
+    "AccumulationReport", "BrimError", "DoesNotFit", "Estimate", "ExactAccumulation", "Export", "LightningExact",
+    "ModelShape", "Plan", "Strategy", "Workload", "__version__", "accumulate", "accumulate_contrastive", "estimate",
+    "exact_accelerate", "export", "guard", "load_plan", "plan", "read_model", "save_plan", "schema", "trace", "unguard",
+    "verify_accumulation",
 ]  # fmt: skip
 
 

@@ -13,6 +13,10 @@ from brim.losses.rules import ROWS, CountingRule, list_rules
 from brim.losses.views import Inputs, Parts, split_labels, split_rows, vary_labels
 from brim.losses.watch import PRECISE, LossOf, LossWatch, Seen, stirred
 
+_ADVICE = (
+    "in-batch negatives: brim.accumulate_contrastive; a KL baseline, batch statistics or a sum of means over different "
+    "things: keep the micro-batch at the whole batch"
+)
 Auxiliary = tuple[tuple[str, float], ...]
 """Kind and coefficient of each auxiliary loss."""
 
@@ -173,8 +177,7 @@ def _from_parts(watch: LossWatch, trials: Sequence[Parts], precise: float, outer
     raise InseparableLoss(
         reason="no count makes the loss of a batch the weighted mean of its parts' losses"
         if told_apart else "its parts are too alike to tell what it averages over",
-        advice="in-batch negatives: brim.accumulate_contrastive; a KL baseline, batch statistics or a sum of means "
-        "over different things: keep the micro-batch at the whole batch",
+        advice=_ADVICE,
     )  # fmt: skip
 
 
@@ -235,7 +238,7 @@ def _confirm(watch: LossWatch, form: LossForm, trials: Sequence[Parts], precise:
     if precise < nearest < float("inf"):
         raise InseparableLoss(
             reason=f"the loss of a batch is {nearest:.1e} off the mean of its parts over {form.rule}",
-            advice="keep the micro-batch at the whole batch, or take what looks across sequences out of the loss",
+            advice=_ADVICE,
         )
 
 
