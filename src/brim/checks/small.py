@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from brim.checks.silence import silenced
 from brim.errors import ProbeFailed
 
 _SMALL_ENOUGH = 30_000_000
@@ -116,13 +117,18 @@ def build_small(kind: type, config: Mapping[str, Any], config_class: Any, vocabu
     """
     torch.manual_seed(0)
     try:
-        whole = config_class.from_dict(dict(config)).to_dict()  # with the defaults of what the file leaves out
-        return quiet(kind(config_class.from_dict(shrink_config(whole, vocabulary))).to(torch.float32))
+        with silenced():
+            return quiet(_build(kind, config, config_class, vocabulary))
     except Exception as error:
         raise ProbeFailed(
             f"{kind.__name__} cannot be built small: {type(error).__name__}: {' '.join(str(error).split())[:200]}; "
             "give a small config of it"
         ) from error
+
+
+def _build(kind: type, config: Mapping[str, Any], config_class: Any, vocabulary: int | None) -> nn.Module:
+    whole = config_class.from_dict(dict(config)).to_dict()  # with the defaults of what the file leaves out
+    return kind(config_class.from_dict(shrink_config(whole, vocabulary))).to(torch.float32)
 
 
 def quiet(model: nn.Module) -> nn.Module:

@@ -77,7 +77,7 @@ def _with_head(architecture: str, model_type: str) -> str:
         return architecture
     from transformers.models.auto import modeling_auto
 
-    tables = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM")
+    tables = ("MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "CAUSAL_LM")
     names = (getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES").get(model_type) for table in tables)
     return next((name for name in names if name), architecture)
 

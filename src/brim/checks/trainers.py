@@ -6,7 +6,6 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from brim.checks.accumulation import WINDOW, Split, Subject
 from brim.checks.gradients import CaptureOptimizer
+from brim.checks.silence import silenced
 from brim.checks.small import quiet, shrink_model
 from brim.errors import InvalidInput
 
@@ -48,7 +48,7 @@ def read_trainer(
     def run(split: Split) -> list[Tensor]:
         trainer = _set_up(_made(make_trainer), copy.deepcopy(model), rows, split)
         prepared = trainer if prepare is None else prepare(trainer)
-        with _quietly():
+        with silenced():
             prepared.train()
         return trainer.optimizer_of_brim.captured
 
@@ -97,7 +97,7 @@ def list_versions() -> tuple[tuple[str, str], ...]:
 def _made(make_trainer: Callable[[], Any]) -> Any:
     import transformers
 
-    with _quietly():
+    with silenced():
         trainer = make_trainer()
     if not isinstance(trainer, transformers.Trainer):
         raise InvalidInput(f"the factory must return a transformers.Trainer, not {type(trainer).__name__}")
@@ -193,17 +193,3 @@ def _name_model(model: Any) -> str:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     wrapper = f"{type(model).__name__} of " if base is not model else ""
     return wrapper + type(base).__name__
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep a trainer's own messages out of the report."""
-    import transformers
-
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
-            yield
-    finally:
-        transformers.logging.set_verbosity(level)
