@@ -43,7 +43,7 @@ def test_readme_commands_run_and_say_what_is_shown(
     for command, shown in commands:
         code = main(shlex.split(command, comments=True)[1:])
         said = capsys.readouterr()
-        assert code in (0, 3), (command, said.err)
+        assert code in (0, 3, 4), (command, said.err)  # fits, does not fit, not exact
         if shown:
             first = shown.splitlines()[0].rstrip()
             assert first in [line.rstrip() for line in (said.out + said.err).splitlines()], command
