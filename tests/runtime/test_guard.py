@@ -258,6 +258,15 @@ def test_what_cannot_be_guarded_is_refused(tmp_path: Path, change: Any, text: st
         brim.guard(change(make_trainer(tmp_path, 4)))
 
 
+def test_what_guard_cannot_do_yet_is_not_promised(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, 4)
+    assert brim.guard(trainer, exact=False, watch=False, recover=False) is trainer
+    assert type(trainer) is InOrder
+    for name in ("watch", "recover"):
+        with pytest.raises(InvalidInput, match=f"cannot {name} yet"):
+            brim.guard(trainer, **{name: True})
+
+
 def test_old_releases_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(tmp_path, 4)
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.45.2")  # it replaces itself when used

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from brim.checks import diagnose
-from brim.checks.gradients import differentiate, relative_error
-from brim.checks.report import AccumulationReport, SplitResult, is_exact, without_numbers
+from brim.checks.gradients import compare_gradients, differentiate, relative_error
+from brim.checks.report import SMALL, AccumulationReport, SplitResult, is_exact, without_numbers
 from brim.errors import InvalidInput
 from brim.losses.form import AuxiliaryTap, LossForm
 from brim.losses.measure import measure_form
 from brim.losses.rules import list_rules
 
 Inputs = Mapping[str, Any]
+BF16_NOISE = 3e-2
+"""Relative difference of two bf16 gradients of one batch (measured: at most 1.1e-2)."""
 WINDOW = 8
 """Sequences of a full window: enough for four ways to split it."""
 
@@ -56,6 +58,8 @@ class Subject:
     """Data-parallel ranks that `run` runs on."""
     precision: str = "fp32"
     """`fp32` or `bf16`."""
+    size: str = SMALL
+    """What stands for the user's model."""
     coefficients: tuple[float, ...] = ()
     """Coefficients of auxiliary losses that the config declares."""
     versions: tuple[tuple[str, str], ...] = ()
@@ -84,7 +88,8 @@ def verify_accumulation(subject: Subject, splits: Sequence[Split] = ()) -> Accum
         padding, batch = truth.padding_error(), truth.batch_error()
     causes = tuple(dict.fromkeys(without_numbers(result.cause) for result in results if result.cause))
     return AccumulationReport(
-        subject=subject.name, loss=str(truth.form), precision=subject.precision, splits=tuple(results),
+        subject=subject.name, loss=str(truth.form), precision=subject.precision, size=subject.size,
+        splits=tuple(results),
         padding_error=padding, batch_error=batch, causes=causes, fix=subject.fix if causes else "",
         versions=dict(subject.versions),
     )  # fmt: skip
@@ -212,12 +217,11 @@ def _compare(subject: Subject, truth: _Truth, split: Split) -> list[SplitResult]
 def _measure(
     subject: Subject, split: Split, window: int, num_micro_batches: int, found: Tensor, wanted: Tensor
 ) -> SplitResult:
-    sizes = float(found.norm()), float(wanted.norm())
-    cosine = float(found @ wanted) / (sizes[0] * sizes[1]) if all(sizes) else 0.0
+    error, norm_ratio, cosine = compare_gradients(found, wanted)
     return SplitResult(
         micro_batch_size=split.micro_batch_size, gradient_accumulation_steps=split.accumulation_steps,
         num_ranks=subject.num_ranks, window=window, num_micro_batches=num_micro_batches,
-        error=relative_error(found, wanted), norm_ratio=sizes[0] / sizes[1] if sizes[1] else 0.0, cosine=cosine,
+        error=error, norm_ratio=norm_ratio, cosine=cosine,
     )  # fmt: skip
 
 
@@ -239,10 +243,11 @@ def _find_cause(subject: Subject, truth: _Truth, split: Split, window: range, fo
         num_terms=sum(count for _, _, count in gradients), rows=[stop - start for start, stop in pieces],
         auxiliary=[part for _, part, _ in gradients] if truth.form.auxiliary else (),
         accumulation_steps=split.accumulation_steps, num_ranks=subject.num_ranks,
+        noise=diagnose.CLOSE if subject.precision == "fp32" else BF16_NOISE,
         other_counts={str(rule): int(rule.count(whole)) for rule in list_rules(whole)},
     )  # fmt: skip
     weighted = sum(mean * share for mean, share in zip(evidence.means, evidence.shares, strict=True))
     parts = torch.stack(list(evidence.auxiliary)).mean(0) if evidence.auxiliary else 0.0
-    if relative_error(found, weighted + parts) <= 1e-5:
+    if is_exact(*compare_gradients(found, weighted + parts), subject.precision):
         return diagnose.PADDING
     return diagnose.name_cause(evidence)

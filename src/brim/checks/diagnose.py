@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-_CLOSE = 2e-3
+CLOSE = 2e-3
 """Relative difference within which a factor is taken for a number such as k; fits in fp32 are good to 1e-5."""
 
 NOT_DIVIDED = "not divided by the accumulation steps"
@@ -49,6 +49,8 @@ class Evidence:
     """Data-parallel ranks."""
     other_counts: Mapping[str, int] = field(default_factory=dict)
     """What other rules count in the whole window, by name."""
+    noise: float = CLOSE
+    """Relative size of what a fit may leave over; larger where gradients are in 16 bit."""
 
 
 def name_cause(evidence: Evidence) -> str:
@@ -57,7 +59,7 @@ def name_cause(evidence: Evidence) -> str:
     The gradient is written as a sum of the micro-batches' own gradients (least squares); the weights tell the bug.
     """
     weights, auxiliary, residual = _solve(evidence)
-    if residual > _CLOSE:
+    if residual > evidence.noise:
         return NOT_SEPARABLE
     labelled = [index for index, share in enumerate(evidence.shares) if share]
     ratios = [weights[index] / evidence.shares[index] for index in labelled]
@@ -91,8 +93,8 @@ def _name_weights(
     evidence: Evidence, weights: Sequence[float], labelled: Sequence[int], ratios: Sequence[float]
 ) -> Iterator[str]:
     """Yield the names that the weights fit, the surest first."""
-    if len(labelled) > 1 and any(abs(ratio) < _CLOSE for ratio in ratios):
-        missing = sum(abs(ratio) < _CLOSE for ratio in ratios)
+    if len(labelled) > 1 and any(abs(ratio) < CLOSE for ratio in ratios):
+        missing = sum(abs(ratio) < CLOSE for ratio in ratios)
         yield f"{DROPPED}: {missing} of {len(ratios)} have no part in the step"
     factor = _one_number(ratios)
     if factor is not None:
@@ -129,7 +131,7 @@ def _name_factor(factor: float, evidence: Evidence) -> str:
             return f"{name} (gradient x {factor:.4g})"
     total = evidence.num_terms
     for name, count in evidence.other_counts.items():
-        if count and _near(factor, total / count, close=2e-4):
+        if count and _near(factor, total / count, close=evidence.noise / 10):
             return f"{WRONG_COUNT}: divided by {count} ({name}) where the loss has {total} terms (x {factor:.4g})"
     return f"scaled by {factor:.4g}"
 
@@ -156,5 +158,5 @@ def _one_number(values: Sequence[float]) -> float | None:
     return middle if all(_near(value, middle) for value in values) else None
 
 
-def _near(value: float, wanted: float, close: float = _CLOSE) -> bool:
+def _near(value: float, wanted: float, close: float = CLOSE) -> bool:
     return abs(value - wanted) <= close * abs(wanted)

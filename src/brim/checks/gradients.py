@@ -70,3 +70,10 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
     """Return the norm of the difference over the norm of the truth, over all parameters together."""
     size = float(truth.norm())
     return float((found - truth).norm()) / size if size else float(found.norm())
+
+
+def compare_gradients(found: Tensor, truth: Tensor) -> tuple[float, float, float]:
+    """Return the relative error, the ratio of the norms and the cosine of the angle; 0 where a norm is 0."""
+    sizes = float(found.norm()), float(truth.norm())
+    cosine = float(found @ truth) / (sizes[0] * sizes[1]) if all(sizes) else 0.0
+    return relative_error(found, truth), sizes[0] / sizes[1] if sizes[1] else 0.0, cosine

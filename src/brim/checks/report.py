@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+SMALL = "a small copy of the model class, dropout off"
+FULL = "the trainer's own model, dropout off"
 FP32_LIMIT = 1e-5
 """Relative error above which fp32 accumulation is not exact; splits of one batch agree to 5e-7 (noise floor)."""
 BF16_NORM_LIMIT, BF16_ANGLE_LIMIT = 2e-3, 3e-4
@@ -48,6 +50,8 @@ class AccumulationReport:
     """What the loss averages over, as measured."""
     precision: str
     """`fp32` or `bf16`."""
+    size: str = SMALL
+    """What stood for the user's model."""
     splits: tuple[SplitResult, ...]
     """Each split of the batch, window by window."""
     padding_error: float = 0.0

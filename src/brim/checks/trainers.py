@@ -14,6 +14,7 @@ from torch import Tensor
 
 from brim.checks.accumulation import WINDOW, Split, Subject
 from brim.checks.gradients import CaptureOptimizer
+from brim.checks.report import FULL, SMALL
 from brim.checks.silence import silenced
 from brim.checks.small import quiet, shrink_model
 from brim.errors import InvalidInput
@@ -56,7 +57,14 @@ def read_trainer(
         name=f"{_name_model(model)} under {type(first).__name__}", model=model, rows=rows, collate=collate,
         loss_of=lambda module, inputs: _plain_loss(first, module, inputs), run=run, fix=FIX, num_ranks=num_ranks,
         coefficients=tuple(list_coefficients(first)), versions=list_versions(),
+        precision="fp32" if shrink else _precision(first), size=SMALL if shrink else FULL,
     )  # fmt: skip
+
+
+def _precision(trainer: Any) -> str:
+    """Return whether gradients are as sharp as fp32 or as coarse as bf16."""
+    short = {torch.bfloat16, torch.float16} & {parameter.dtype for parameter in trainer.model.parameters()}
+    return "bf16" if short or trainer.args.bf16 or trainer.args.fp16 else "fp32"
 
 
 def pick_rows(dataset: Any, num_ranks: int) -> list[Any]:

@@ -75,7 +75,7 @@ def _list_remarks(report: AccumulationReport) -> list[str]:
         f"error: norm of the difference over the norm of the truth; {report.precision} fails above {FP32_LIMIT:g}"
         if report.precision == "fp32"
         else "bf16 fails where the norm is 0.2 % off or 1 - cosine above 3e-4",
-        "on a small copy of the model class, dropout off: " + ", ".join(f"{k} {v}" for k, v in report.versions.items()),
+        f"on {report.size}: " + ", ".join(f"{k} {v}" for k, v in report.versions.items()),
     ]
     if report.padding_error > FP32_LIMIT:
         remarks.append(

@@ -14,7 +14,9 @@ _GUARDED: dict[type, type] = {}
 """Guarded class of each trainer class, so that two guarded trainers of a class are of one class too."""
 
 
-def guard(trainer: Trainer, plan: Any = None, *, exact: bool = True) -> Trainer:
+def guard(
+    trainer: Trainer, plan: Any = None, *, exact: bool = True, watch: bool | None = None, recover: bool | None = None
+) -> Trainer:
     """Return the same trainer, made exact: its class is rebound to a subclass of itself.
 
         trainer = brim.guard(SFTTrainer(...))
@@ -27,12 +29,17 @@ def guard(trainer: Trainer, plan: Any = None, *, exact: bool = True) -> Trainer:
         trainer: a `transformers.Trainer` or any subclass: Seq2SeqTrainer, TRL's SFT, DPO, Reward, your own.
         plan: the plan that the run follows, or None.
         exact: whether accumulation is made exact.
+        watch: whether memory and speed are compared with the plan; True is refused, since guard cannot do it yet.
+        recover: whether an out-of-memory is survived; True is refused, since guard cannot do it yet.
 
     Raises:
-        InvalidInput: no trainer, transformers older than 4.46, or a mode that cannot be made exact.
+        InvalidInput: no trainer, something guard cannot do, transformers older than 4.46, DataParallel.
         InseparableLoss: raised by `train()` when the loss is no mean that splits over micro-batches.
     """
     _check(trainer)
+    for name, asked in (("watch", watch), ("recover", recover)):
+        if asked:
+            raise InvalidInput(f"guard cannot {name} yet; leave {name} out, exact accumulation works without it")
     if exact and not isinstance(trainer, ExactAccumulation):
         trainer.__class__ = _guard_class(type(trainer))
     return trainer
