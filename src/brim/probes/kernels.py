@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from brim.errors import ProbeFailed
@@ -179,10 +180,22 @@ class CudaAutocast(TorchFunctionMode):
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.autograd.backward:
+            return self._stay_on(*args, **(kwargs or {}))
         if func in _WIDENED and torch.is_autocast_enabled("cpu"):
             args = tuple(_widen(one) for one in args)
             kwargs = {key: _widen(one) for key, one in (kwargs or {}).items()}
         return func(*args, **(kwargs or {}))
+
+    def _stay_on(self, tensors: Any, **kwargs: Any) -> None:
+        """Run a backward pass, and the forward passes it repeats, under the mode.
+
+        From torch 2.13 on a mode may take the place of `backward`, and a mode is off while it does. Edges of the graph
+        have no type to ask for a substitute. Source: torch/autograd/__init__.py backward.
+        """
+        edges = [get_gradient_edge(one) if isinstance(one, torch.Tensor) else one for one in tensors]
+        with self:
+            torch.autograd.backward(edges, **kwargs)
 
 
 def _widen(value: Any) -> Any:
