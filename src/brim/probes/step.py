@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from brim.errors import MissingExtra
+from brim.errors import MissingExtra, ProbeFailed
 from brim.probes.checkpointing import offloads_saved_tensors
 from brim.probes.dtypes import torch_dtype
 from brim.probes.inputs import MakeInputs
 from brim.probes.kernels import CudaAutocast
+from brim.probes.heads import explain_no_loss
 from brim.probes.loops import Loop, LossScaler, find_loop, make_scaler, takes_label_count
 from brim.probes.offload import SavedTensors, spare_head
 from brim.probes.optimizers import host_states, make_optimizer, paged_states, start_states
@@ -227,13 +228,16 @@ def _compute_loss(step: Step, inputs: Inputs, count: torch.Tensor | None) -> tup
     if count is not None:
         inputs = {**inputs, "num_items_in_batch": count}
     outputs = _wrap(step, step.model)(**inputs)
-    return _find_loss(outputs), outputs
+    loss = _find_loss(outputs)
+    if loss is None:
+        raise ProbeFailed(explain_no_loss(step.model))
+    return loss, outputs
 
 
-def _find_loss(outputs: Any) -> torch.Tensor:
+def _find_loss(outputs: Any) -> torch.Tensor | None:
     """Source: transformers trainer.py compute_loss; a model of one's own may return any object with a loss."""
     if isinstance(outputs, Mapping):
-        return outputs["loss"]
+        return outputs.get("loss")
     if isinstance(outputs, torch.Tensor):
         return outputs
     return outputs.loss if hasattr(outputs, "loss") else outputs[0]
