@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from brim.cost.allocator import CachingAllocator
 from brim.cost.blocks import Block, cost_head, cost_layer
-from brim.cost.dropout_masks import embedding_masks
+from brim.cost.embeddings import kept_by_embeddings
 from brim.cost.overhead import context_bytes, held_logits, input_bytes, unpacking_bytes, workspace_bytes
 from brim.cost.scripts import Act, Player, Script, find_last_large, write_script
 from brim.cost.setting import Setting, read_setting
@@ -272,8 +272,8 @@ class _Process:
         head, tail = ((), ()) if made else self.gradient_sizes
         if self.tied:  # the output's part is made each time, and waits for the embedding's
             head = self.gradient_sizes[0]
-        masks = embedding_masks(self.shape, job.setting).at(job.tokens)
-        inputs = player.hold(input_bytes(job.setting).at(job.tokens), masks)
+        kept = kept_by_embeddings(self.shape, job.setting).at(job.tokens)
+        inputs = player.hold(input_bytes(job.setting).at(job.tokens), kept)
         (stream,) = player.hold((self.layers[0].script if self.layers else self.head).stream_bytes)
         cached: list[int] = []
         for layer in self.layers:
