@@ -41,8 +41,8 @@ CASES: tuple[dict[str, Any], ...] = (
      "optimizer": "adafactor"},
     {"model": "Qwen/Qwen2.5-1.5B", "method": "full", "activation_checkpointing": "full", "optimizer": "adamw-8bit"},
     {"model": "Qwen/Qwen2.5-1.5B", "method": "full", "activation_checkpointing": "none", "dtype": "fp32"},
-    {"model": "Qwen/Qwen2.5-1.5B", "method": "full", "activation_checkpointing": "none", "dtype": "fp32", "seq_len": 1024,
-     "micro_batch_size": 1},
+    {"model": "Qwen/Qwen2.5-1.5B", "method": "full", "activation_checkpointing": "none", "dtype": "fp32",
+     "seq_len": 1024, "micro_batch_size": 1},
     *({"model": "tiiuae/falcon-7b", "method": "lora", "activation_checkpointing": kind, "seq_len": 1024}
       for kind in ("none", "full")),
     {"model": "tiiuae/falcon-7b", "method": "lora", "activation_checkpointing": "none", "dtype": "fp32",

@@ -13,13 +13,13 @@ pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+from meter import measure_peak
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from brim.probes.kernels import card_kernels, list_workspaces
 from brim.probes.plain_attention import attend_plainly
 from brim.probes.tracker import StorageTracker
 from brim.tables.read import find_device
-from meter import measure_peak
 
 HEADS, LENGTH, WIDTH = 8, 256, 32
 CASES = {

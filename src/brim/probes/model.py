@@ -5,6 +5,7 @@ Random initialisation and PEFT's wrapping fail or crawl on fake tensors, so both
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,7 +52,8 @@ def build_from_config(
     if kind is None:
         text = f"transformers {transformers.__version__} has no class {quoted(architecture)}; install a newer one"
         raise ProbeFailed(text, architecture=architecture)
-    settings = {key: value for key, value in config.items() if key not in ("model_type", "architectures", "dtype")}
+    own = copy.deepcopy(dict(config))  # transformers fills in the rotary numbers of what it is given
+    settings = {key: value for key, value in own.items() if key not in ("model_type", "architectures", "dtype")}
     try:
         known = transformers.AutoConfig.for_model(config["model_type"], **settings)
         kernel = attention_kernel(attention, find_modeling(config["model_type"]))

@@ -15,9 +15,9 @@ import torch
 from brim.errors import MissingExtra, ProbeFailed
 from brim.probes.checkpointing import offloads_saved_tensors
 from brim.probes.dtypes import torch_dtype
+from brim.probes.heads import explain_no_loss
 from brim.probes.inputs import MakeInputs
 from brim.probes.kernels import CudaAutocast
-from brim.probes.heads import explain_no_loss
 from brim.probes.loops import Loop, LossScaler, find_loop, make_scaler, takes_label_count
 from brim.probes.offload import SavedTensors, spare_head
 from brim.probes.optimizers import host_states, make_optimizer, paged_states, start_states
