@@ -159,9 +159,7 @@ def _attention_kernel(
     )  # fmt: skip
 
 
-def _read_call(
-    attention: Attention, setting: Setting, q: Tensor, *, key_heads: int, masked: bool
-) -> AttentionCall:
+def _read_call(attention: Attention, setting: Setting, q: Tensor, *, key_heads: int, masked: bool) -> AttentionCall:
     """Return what decides the kernel: code that copies heads out itself does not tell SDPA that they are grouped."""
     heads = attention.num_attention_heads
     return AttentionCall(

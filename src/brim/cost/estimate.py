@@ -270,9 +270,7 @@ def _embedding_rows(parts: _Parts, held: Size) -> Iterator[Rows]:
     fresh = 2 * tied + (table if resident else 0)
     gradients = fixed((resident or parts.states.gradients_bytes) + fresh)
     stream = parts.layers[0][1].stream if parts.layers else ZERO
-    yield Rows(
-        _group_name("backward", parts, 0), gradients, fixed(parts.states.optimizer_bytes), ZERO, stream + held
-    )
+    yield Rows(_group_name("backward", parts, 0), gradients, fixed(parts.states.optimizer_bytes), ZERO, stream + held)
 
 
 def _input_beside(parts: _Parts, block: Block) -> Size:

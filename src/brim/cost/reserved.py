@@ -122,9 +122,7 @@ def _with_fewer_experts(moe: Moe) -> Moe:
     common = gcd(moe.num_experts, moe.num_experts_per_tok)
     factors = [factor for factor in range(1, common + 1) if common % factor == 0]
     factor = next((factor for factor in factors if moe.num_experts // factor <= _LOOPED_EXPERTS), common)
-    return replace(
-        moe, num_experts=moe.num_experts // factor, num_experts_per_tok=moe.num_experts_per_tok // factor
-    )
+    return replace(moe, num_experts=moe.num_experts // factor, num_experts_per_tok=moe.num_experts_per_tok // factor)
 
 
 def _count_left(block: Block, tokens: int) -> int:

@@ -114,9 +114,7 @@ def _efficient(
     return operator(query, key, value, mask, keeps, dropout, causal, scale=scale)[0]
 
 
-def _drop_out(
-    input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> torch.Tensor:
+def _drop_out(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
     """One kernel that keeps a boolean mask; the CPU's keeps a mask in the input's dtype.
 
     Source: aten/src/ATen/native/Dropout.cpp is_fused_kernel_acceptable.
