@@ -98,6 +98,10 @@ def _attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, s
     if torch.is_autocast_enabled("cpu"):  # CUDA's autocast list holds this function, the CPU's does not
         query, key, value = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
         attn_mask = attn_mask.to(torch.bfloat16) if attn_mask is not None else None
+    if query.shape[1] != key.shape[1] and (attn_mask is not None or not enable_gqa):  # no fused kernel takes these
+        plain = torch.ops.aten._scaled_dot_product_attention_math.default
+        with torch.autocast("cpu", enabled=False):
+            return plain(query, key, value, attn_mask, 0.0, is_causal, None, scale=scale, enable_gqa=enable_gqa)[0]
     return _Attention.apply(query, key, value, attn_mask, scale, is_causal)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results/formula_trace.jsonl"
 GIB = 2**30
-_SETTINGS = ("method", "quantization", "dtype", "optimizer", "activation_checkpointing", "trainer")
+_SETTINGS = ("method", "quantization", "dtype", "optimizer", "activation_checkpointing", "trainer", "gpu")
 _CAUSES = {
     "Unsloth without checkpointing": "temporaries of its fused loss, about 0.15 GiB in the forward pass; open",
     "encoders": "the normalisation of the embeddings, and what T5's encoder keeps after its last layer",

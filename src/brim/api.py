@@ -312,10 +312,12 @@ def _read_shape(
         return model, (), {}
     if not isinstance(model, str) or not model.strip() or not model.isprintable():
         raise InvalidInput(f"model must be a hub id, a folder, a config.json or a size such as 7B, not {quoted(model)}")
+    from brim.readers.headless import give_head
     from brim.readers.sources import read_checkpoint
 
     shape, origin, config = read_checkpoint(model, refresh=refresh, known_only=known_only)
-    return shape, (f"model {origin}",), config
+    shape, said = give_head(shape, config)
+    return shape, (f"model {origin}", *said), config
 
 
 def _check_answerer(name: str) -> None:

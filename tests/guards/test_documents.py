@@ -38,6 +38,7 @@ def test_readme_commands_run_and_say_what_is_shown(
         pytest.skip("there is no README.md yet")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("COLUMNS", raising=False)  # lines as wide as in a pipe
     commands = list(list_commands())
     assert commands
     for command, shown in commands:

@@ -15,10 +15,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import torch
+from torch.utils.checkpoint import checkpoint as checkpoint_function
 
 from brim.cost.estimate import estimate
 from brim.errors import ProbeFailed
 from brim.probes.checkpointing import checkpoint
+from brim.probes.kernels import CudaAutocast
 from brim.probes.trace import trace
 from brim.spec.recipe import Engine
 from real_steps import BATCH, DEPTH, LENGTH, Case, measure_phases, trace_phases
@@ -66,3 +68,53 @@ def test_a_model_without_checkpointing_is_refused() -> None:
     case = Case("llama", activation_checkpointing="full")
     with pytest.raises(ProbeFailed, match="Linear has no gradient_checkpointing_enable"):
         checkpoint(torch.nn.Linear(2, 2), case.strategy, Engine(name="plain"))
+
+
+@pytest.mark.parametrize("family", ["opt", "t5_gated", "falcon_7b", "falcon_40b"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_is_recomputed_under_autocast_is_what_was_saved(family: str, method: str) -> None:
+    """Layers that call a whole normalisation, which CUDA's autocast widens: in the backward pass it must do so too."""
+    options = {"method": method, "dtype": "bf16", "autocast": True, "attention": "sdpa"}
+    peaks = {}
+    for kind in ("none", "full"):
+        case = Case(family, activation_checkpointing=kind, **options)
+        peaks[kind] = trace(case.workload, case.strategy, case.build).peak_allocated_bytes
+    assert peaks["full"] <= peaks["none"]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_backward_pass_widens_what_the_forward_pass_did(reentrant: bool) -> None:
+    """As many fp32 normalisations are recomputed as there were; reentrant checkpointing would not notice others."""
+    seen: list[torch.dtype] = []
+    norm = torch.nn.LayerNorm(8, dtype=torch.bfloat16)
+    x = torch.ones(2, 8, dtype=torch.bfloat16, requires_grad=True)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        seen.append(norm(x).dtype)
+        return norm(x)
+
+    with CudaAutocast():
+        with torch.autocast("cpu", torch.bfloat16):
+            out = checkpoint_function(run, x, use_reentrant=reentrant)
+        torch.autograd.backward(out.sum())
+    assert seen == [torch.float32] * 2 and x.grad is not None
+
+
+def test_a_model_that_recomputes_something_else_is_refused() -> None:
+    """It computes in fp32 the first time and in 16 bit the second."""
+    case = Case("opt", dtype="bf16", autocast=True, attention="sdpa", activation_checkpointing="full")
+
+    def build() -> torch.nn.Module:
+        model = case.build()
+        layer = model.model.decoder.layers[0]
+        norm, calls = layer.final_layer_norm.forward, []
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            calls.append(x)
+            return norm(x) if len(calls) % 2 else norm(x).bfloat16().sin().cos()
+
+        layer.final_layer_norm.forward = forward
+        return model
+
+    with pytest.raises(ProbeFailed, match="CheckpointError"):
+        trace(case.workload, case.strategy, build, fold=False)

@@ -78,6 +78,14 @@ def test_unfolded_is_the_whole_model_to_the_byte(name: str) -> None:
     assert [one.bytes for one in folded.tensors] == [one.bytes for one in whole.tensors]
 
 
+@pytest.mark.parametrize("family", ["bart", "t5_gated"])
+def test_a_decoder_is_folded_beside_an_encoder_that_is_heavier_than_what_is_left(family: str) -> None:
+    case = Case(family, depth=8, method="lora", dtype="bf16", attention="sdpa")
+    folded = trace(case.workload, case.strategy, case.build)
+    whole = trace(case.workload, case.strategy, case.build, fold=False)
+    assert folded.moments == whole.moments
+
+
 def test_events_of_the_unfolded_stream_are_those_of_the_whole() -> None:
     case = Case("llama", depth=7)
     tracker, pattern = follow_step(case.workload, case.strategy, case.build, fold=True)

@@ -9,12 +9,20 @@ pytest.importorskip("torch")
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from brim.cost.attention_kernels import choose_kernel
 from brim.errors import ProbeFailed
-from brim.probes.kernels import card_kernels, choose_kernel, list_workspaces
+from brim.probes.kernels import card_kernels, list_workspaces, read_call
 from brim.probes.tracker import StorageTracker
 from brim.tables.read import find_device
 
 A100, T4, A6000 = (8, 0), (7, 5), (8, 6)
+
+
+def choose(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, capability: tuple[int, int], grouped: bool = True
+) -> str:
+    call = read_call(query, key, key, mask, dropout=0.0, causal=True, grouped=grouped, capability=capability)
+    return choose_kernel(call)
 
 
 def meta(heads: int = 8, length: int = 128, width: int = 64, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -24,6 +32,7 @@ def meta(heads: int = 8, length: int = 128, width: int = 64, dtype: torch.dtype 
 @pytest.mark.parametrize(("query", "key", "masked", "capability", "kernel"), [
     (meta(), meta(), False, A100, "flash"),
     (meta(), meta(2), False, A100, "flash"),
+    (meta(), meta(2), True, A100, "math"),
     (meta(), meta(), True, A100, "efficient"),
     (meta(), meta(), False, T4, "math"),
     (meta(dtype=torch.float16), meta(dtype=torch.float16), False, T4, "efficient"),
@@ -34,17 +43,22 @@ def meta(heads: int = 8, length: int = 128, width: int = 64, dtype: torch.dtype 
 ])  # fmt: skip
 def test_the_kernel_is_the_cards(query, key, masked, capability, kernel) -> None:  # type: ignore[no-untyped-def]
     mask = torch.empty(1, 1, 128, 128, device="meta") if masked else None
-    assert choose_kernel(query, key, key, mask, dropout=0.0, causal=True, capability=capability) == kernel
+    assert choose(query, key, mask, capability) == kernel
+
+
+def test_fewer_key_heads_that_the_kernel_is_not_told_of_are_multiplied_out() -> None:
+    """Falcon-7B calls attention with one key head, and no word of it."""
+    assert choose(meta(), meta(1), None, A100, grouped=False) == "math"
 
 
 def test_wide_heads_have_no_flash_backward_on_consumer_cards() -> None:
     query = meta(width=224).requires_grad_()
-    assert choose_kernel(query, query, query, None, dropout=0.0, causal=True, capability=A6000) == "efficient"
-    assert choose_kernel(query, query, query, None, dropout=0.0, causal=True, capability=A100) == "flash"
+    assert choose(query, query, None, A6000) == "efficient"
+    assert choose(query, query, None, A100) == "flash"
 
 
 @pytest.mark.parametrize(("dtype", "gpu", "words"), [
-    (torch.float32, "a100-80gb", "float32"), (torch.float16, "t4", "7.5 is below 8.0"),
+    (torch.float32, "a100-80gb", "fp32"), (torch.float16, "t4", "7.5 is below 8.0"),
 ])  # fmt: skip
 def test_flash_is_refused_where_the_card_refuses_it(dtype: torch.dtype, gpu: str, words: str) -> None:
     with card_kernels(find_device(gpu), "flash"), FakeTensorMode():

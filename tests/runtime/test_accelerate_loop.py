@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin
 from runtime_toys import EXACT, Recorder, build_llama, build_mixtral, cut, differ, make_rows, stack, train_whole
 from torch.utils.data import DataLoader, IterableDataset
@@ -37,6 +37,7 @@ def run_loop(
 ) -> tuple[Recorder, Any, list[bool]]:
     """Return the optimizer, the scheduler and when gradients were said to be reduced."""
     AcceleratorState._reset_state(True)
+    GradientState._reset_state()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=STEPS, **settings)
     recorder = Recorder(model)
     loader = DataLoader(rows, batch_size=SIZE, collate_fn=stack)

@@ -1,14 +1,15 @@
 """Tapes of attention: projections, positions, and the kernel.
 
 Read from transformers 5.23 models/*/modeling_*.py and integrations/sdpa_attention.py, and torch 2.13.
-Leaves out: the math kernel that SDPA falls back to on CUDA where one key head meets many query heads unrepeated
-(Falcon-7B). Fused kernels keep the seed of attention's dropout, 16 bytes.
+Leaves out: fused kernels keep the seed of attention's dropout, 16 bytes.
 """
 
 from __future__ import annotations
 
+from brim.cost.attention_kernels import AttentionCall, choose_kernel
 from brim.cost.dropout_masks import drop_out
 from brim.cost.norms import normalise
+from brim.cost.plain_attention import attend_plainly
 from brim.cost.projection import project
 from brim.cost.setting import Setting
 from brim.cost.tape import ZERO, Tape, Tensor, fixed, per_token
@@ -138,11 +139,18 @@ def _attention_kernel(
         v = tape.op("repeat values", [v], per_token(c * attention.out_size))
     if setting.attention == "eager":
         return _eager(tape, attention, setting, q, k, v)
+    given_heads = attention.num_key_value_heads if grouped and not repeats else heads
+    biased = setting.code.position_bias and (setting.masked or not crosses)
+    call = _read_call(attention, setting, q, key_heads=given_heads, masked=biased or setting.masks(attention))
+    if setting.attention == "sdpa" and choose_kernel(call) == "math":
+        mask_heads = heads if biased else _mask_heads(attention, setting)
+        return attend_plainly(
+            tape, attention, setting, (q, k, v), grouped=call.grouped, key_heads=given_heads, mask_heads=mask_heads
+        )
     # Source: torch aten/native/transformers/cuda/flash_attn: out, log-sum-exp per head kept; backward holds an fp32
     # query gradient, a row sum, and under grouped queries key/value gradients of every head before they are reduced.
     expanded = 2 * c * attention.q_size if grouped and not repeats else 0
     lse = tape.op("attention lse", (), per_token(4 * heads), saves_output=True, needs_grad=True)
-    biased = setting.code.position_bias and (setting.masked or not crosses)
     bias = _position_bias(tape, attention, setting) if biased else _additive_mask(tape, attention, setting)
     bias_grad = c * heads * setting.attended_len if biased else 0
     return tape.op(
@@ -151,20 +159,36 @@ def _attention_kernel(
     )  # fmt: skip
 
 
+def _read_call(attention: Attention, setting: Setting, q: Tensor, *, key_heads: int, masked: bool) -> AttentionCall:
+    """Return what decides the kernel: code that copies heads out itself does not tell SDPA that they are grouped."""
+    heads = attention.num_attention_heads
+    return AttentionCall(
+        dtype=setting.compute_dtype, query_heads=heads, key_heads=key_heads, key_width=attention.q_size // heads,
+        value_width=attention.out_size // heads, grouped=key_heads < heads and not setting.code.copies_heads,
+        masked=masked, drops=setting.dropout.attention_dropout > 0, needs_grad=q.needs_grad,
+        capability=setting.capability,
+    )  # fmt: skip
+
+
 def _additive_mask(tape: Tape, attention: Attention, setting: Setting) -> list[Tensor]:
     """SDPA turns a boolean mask into an additive one in the compute dtype, for each layer anew, and keeps it.
 
     Source: aten/native/transformers/attention.cpp convert_boolean_attn_mask; the efficient kernel saves its bias.
     """
-    if not setting.masks(attention):
+    heads = _mask_heads(attention, setting)
+    if not heads:
         return []
-    heads = 1
-    if setting.code.always_masks and not attention.rotary:  # ALiBi: additive for every head, cast under autocast only
-        if setting.residual_bytes == setting.compute_bytes:
-            return []
-        heads = attention.num_attention_heads
     size = per_token(setting.compute_bytes * setting.attended_len * heads)
     return [tape.op("attention mask", (), size, saves_output=True, needs_grad=True)]
+
+
+def _mask_heads(attention: Attention, setting: Setting) -> int:
+    """Heads of the mask that SDPA makes for a call, 0 if it makes none."""
+    if not setting.masks(attention):
+        return 0
+    if setting.code.always_masks and not attention.rotary:  # ALiBi: additive for every head, cast under autocast only
+        return 0 if setting.residual_bytes == setting.compute_bytes else attention.num_attention_heads
+    return 1
 
 
 def _position_bias(tape: Tape, attention: Attention, setting: Setting) -> list[Tensor]:

@@ -20,6 +20,10 @@ def drop_out(tape: Tape, x: Tensor, width: int, fraction: float) -> Tensor:
 
 def embedding_masks(shape: ModelShape, setting: Setting) -> Size:
     """Return the masks that every stack of text keeps of its embeddings, where a gradient flows to these."""
-    stacks = {group.stack for group in shape.groups} - {"vision", "audio"} or {"vision"}
     keeps = setting.trains_base and setting.dropout.embedding_dropout
-    return per_token(len(stacks) * shape.hidden_size) if keeps else ZERO
+    return per_token(len(list_stacks(shape)) * shape.hidden_size) if keeps else ZERO
+
+
+def list_stacks(shape: ModelShape) -> set[str]:
+    """Return the stacks that have embeddings of their own: those of text, where there is text."""
+    return {group.stack for group in shape.groups} - {"vision", "audio"} or {"vision"}

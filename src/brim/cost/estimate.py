@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from brim.cost.blocks import Block, cost_head, cost_layer
 from brim.cost.calibration import margin_bytes
-from brim.cost.dropout_masks import embedding_masks
+from brim.cost.embeddings import kept_by_embeddings
 from brim.cost.ledger import Estimate, Ledger, Moment
 from brim.cost.overhead import context_bytes, held_logits, input_bytes, unpacking_bytes, workspace_bytes
 from brim.cost.setting import Setting, is_flattened, is_masked, read_setting
@@ -168,7 +168,7 @@ def _kept_by_layers(parts: _Parts) -> Size:
 
 def _kept_before(parts: _Parts) -> Size:
     """What embeddings keep: offloaded with the rest, if that is."""
-    return ZERO if parts.strategy.activation_offload else embedding_masks(parts.workload.model, parts.setting)
+    return ZERO if parts.strategy.activation_offload else kept_by_embeddings(parts.workload.model, parts.setting)
 
 
 def _kept(parts: _Parts, block: Block) -> Size:
@@ -270,9 +270,7 @@ def _embedding_rows(parts: _Parts, held: Size) -> Iterator[Rows]:
     fresh = 2 * tied + (table if resident else 0)
     gradients = fixed((resident or parts.states.gradients_bytes) + fresh)
     stream = parts.layers[0][1].stream if parts.layers else ZERO
-    yield Rows(
-        _group_name("backward", parts, 0), gradients, fixed(parts.states.optimizer_bytes), ZERO, stream + held
-    )
+    yield Rows(_group_name("backward", parts, 0), gradients, fixed(parts.states.optimizer_bytes), ZERO, stream + held)
 
 
 def _input_beside(parts: _Parts, block: Block) -> Size:

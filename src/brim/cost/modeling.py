@@ -36,6 +36,8 @@ class Modeling:
     """Whether a bias is added beside its matrix product, in its own dtype, rather than inside."""
     widens_inner: bool = False
     """Whether the feed-forward's last matrix gets its input in the dtype of its weight."""
+    embedding_norm: bool = False
+    """Whether embeddings are normalised before the first layer."""
     drops_output: bool = False
     """Whether the last normalisation of a stack is dropped out."""
     keeps_cache: bool = False
@@ -51,7 +53,7 @@ class Modeling:
 _PLAIN = Modeling()
 _GEMMA = Modeling(norm_product="offset")
 _OLMO = Modeling(norm_order="branch", norm_product="wide")
-_BERT = Modeling(norm_order="after", softmax="autocast")
+_BERT = Modeling(norm_order="after", softmax="autocast", embedding_norm=True)
 _T5 = Modeling(
     norm_product="unwidened", softmax="autocast", position_bias=True, has_flash=False, widens_inner=True,
     drops_output=True, keeps_cache=True,
@@ -64,10 +66,11 @@ _MODELING = {
     "olmo2": _OLMO, "olmo3": _OLMO,
     "gpt_oss": Modeling(norm_product="wide", softmax="stream", has_sdpa=False, clamps_gate=True),
     "deepseek_v2": _DEEPSEEK, "deepseek_v3": _DEEPSEEK, "kimi_k2": _DEEPSEEK, "glm4_moe": _DEEPSEEK,
-    "bloom": Modeling(has_sdpa=False, has_flash=False),
+    "bloom": Modeling(has_sdpa=False, has_flash=False, embedding_norm=True),
     "gpt2": Modeling(softmax="autocast"),
     "falcon": Modeling(softmax="autocast", always_masks=True, copies_heads=True, adds_bias=True),
-    "bert": _BERT, "roberta": _BERT, "bart": _BERT,
+    "bert": _BERT, "roberta": _BERT, "xlm-roberta": _BERT, "bart": _BERT,
+    "modernbert": Modeling(embedding_norm=True),
     "t5": _T5, "mt5": _T5,
 }  # fmt: skip
 

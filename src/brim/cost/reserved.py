@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from brim.cost.allocator import CachingAllocator
 from brim.cost.blocks import Block, cost_head, cost_layer
-from brim.cost.dropout_masks import embedding_masks
+from brim.cost.embeddings import kept_by_embeddings
 from brim.cost.overhead import context_bytes, held_logits, input_bytes, unpacking_bytes, workspace_bytes
 from brim.cost.scripts import Act, Player, Script, find_last_large, write_script
 from brim.cost.setting import Setting, read_setting
@@ -122,9 +122,7 @@ def _with_fewer_experts(moe: Moe) -> Moe:
     common = gcd(moe.num_experts, moe.num_experts_per_tok)
     factors = [factor for factor in range(1, common + 1) if common % factor == 0]
     factor = next((factor for factor in factors if moe.num_experts // factor <= _LOOPED_EXPERTS), common)
-    return replace(
-        moe, num_experts=moe.num_experts // factor, num_experts_per_tok=moe.num_experts_per_tok // factor
-    )
+    return replace(moe, num_experts=moe.num_experts // factor, num_experts_per_tok=moe.num_experts_per_tok // factor)
 
 
 def _count_left(block: Block, tokens: int) -> int:
@@ -272,8 +270,8 @@ class _Process:
         head, tail = ((), ()) if made else self.gradient_sizes
         if self.tied:  # the output's part is made each time, and waits for the embedding's
             head = self.gradient_sizes[0]
-        masks = embedding_masks(self.shape, job.setting).at(job.tokens)
-        inputs = player.hold(input_bytes(job.setting).at(job.tokens), masks)
+        kept = kept_by_embeddings(self.shape, job.setting).at(job.tokens)
+        inputs = player.hold(input_bytes(job.setting).at(job.tokens), kept)
         (stream,) = player.hold((self.layers[0].script if self.layers else self.head).stream_bytes)
         cached: list[int] = []
         for layer in self.layers:

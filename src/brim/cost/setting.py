@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from brim.cost.attention_kernels import AMPERE
 from brim.cost.modeling import Modeling, find_modeling
 from brim.errors import UnsupportedModel
 from brim.spec.model import Attention, Dropout, Linear, ModelShape, Moe, NormKind
-from brim.spec.recipe import Lora, Quantization, Recipe
+from brim.spec.recipe import Dtype, Lora, Quantization, Recipe
 from brim.spec.strategy import AttentionKernel, Strategy
 from brim.spec.workload import Workload
 from brim.tables.read import find_kernels
@@ -22,6 +23,10 @@ class Setting:
 
     compute_bytes: int
     """Bytes of an element in matrix products."""
+    compute_dtype: Dtype
+    """Dtype of matrix products."""
+    capability: tuple[int, int]
+    """CUDA compute capability of the card."""
     residual_bytes: int
     """Bytes of an element of the residual stream: fp32 when embeddings are."""
     weight_bytes: int
@@ -118,7 +123,8 @@ def read_setting(workload: Workload, strategy: Strategy) -> Setting:
     code = find_modeling(workload.model.model_type)
     seq_len = workload.model.sequence_tokens or workload.data.seq_len
     setting = Setting(
-        compute_bytes=compute_bytes(recipe), residual_bytes=residual_bytes(recipe),
+        compute_bytes=compute_bytes(recipe), compute_dtype=_compute_dtype(recipe),
+        capability=workload.cluster.device.compute_capability or AMPERE, residual_bytes=residual_bytes(recipe),
         weight_bytes=DTYPE_BYTES[recipe.weight_dtype], autocast=recipe.autocast,
         trains_base=recipe.method == "full", quantization=recipe.quantization,
         adapter_rank=lora.r if lora else 0, adapter_bytes=DTYPE_BYTES[lora.dtype] if lora else 0,
@@ -181,7 +187,11 @@ def _adapts_mlp(lora: Lora | None) -> bool:
 
 def compute_bytes(recipe: Recipe) -> int:
     """Return bytes of an element in matrix products: autocast's dtype, else that of the weights."""
-    return DTYPE_BYTES[recipe.compute_dtype if recipe.autocast else recipe.weight_dtype]
+    return DTYPE_BYTES[_compute_dtype(recipe)]
+
+
+def _compute_dtype(recipe: Recipe) -> Dtype:
+    return recipe.compute_dtype if recipe.autocast else recipe.weight_dtype
 
 
 def residual_bytes(recipe: Recipe) -> int:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from brim.probes.model import find_layers
+from brim.probes.model import cut_layers, find_layers
 from brim.probes.pieces import STRIDE, Event, Piece, repeat_events, split_steps
 from brim.probes.tracker import Storage
 
@@ -94,7 +94,7 @@ def fold_layers(model: torch.nn.Module) -> Pattern | None:
     pattern = find_pattern(kinds)
     if pattern is None or not _shorten_config(model, config, lists, pattern):
         return None
-    del layers[_cut(pattern)]
+    cut_layers(layers, _cut(pattern))
     return pattern
 
 

@@ -8,68 +8,49 @@ mode, so that recomputation inside the backward pass meets it too.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from brim.cost.attention_kernels import AMPERE, AttentionCall, Kernel, choose_kernel, explain_no_flash
 from brim.errors import ProbeFailed
+from brim.probes.dtypes import dtype_name
+from brim.probes.plain_attention import attend_plainly, make_additive, plain_buffers
 from brim.spec.device import Device
 from brim.spec.strategy import AttentionKernel
 
-Kernel = Literal["flash", "efficient", "math"]
-
-_AMPERE = (8, 0)
-_WIDEST_FLASH_HEAD = 256
 _MASK_ALIGNMENT, _FLASH_ALIGNMENT = 16, 8
 _FLASH_BLOCK = 128
 _UNSORTED_INDICES, _ROWS_PER_THREAD = 3072, 10
 _NARROW = (torch.bfloat16, torch.float16)
 
 
-def choose_kernel(
+def read_call(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, *,
-    dropout: float, causal: bool, capability: tuple[int, int],
-) -> Kernel:  # fmt: skip
-    """Return the attention kernel that PyTorch picks on a card: flash, then memory-efficient, then plain products.
+    dropout: float, causal: bool, grouped: bool, capability: tuple[int, int],
+) -> AttentionCall:  # fmt: skip
+    """Return what decides the kernel of a call.
 
-    Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp use_flash_attention, use_mem_efficient_attention.
-    Leaves out: cuDNN's kernel, which holds what flash holds but the fp32 gradient of the queries.
+    Raises:
+        ProbeFailed: attention runs in a dtype that no model trains in.
     """
-    square = not causal or query.shape[-2] == key.shape[-2]
-    problem = explain_no_flash(query, key, value, dropout=dropout, capability=capability)
-    if mask is None and square and problem is None:
-        return "flash"
-    heads_differ = query.shape[1] != key.shape[1]
-    alignment = 4 if query.dtype == torch.float32 else 8 if capability >= _AMPERE else 4
-    aligned = query.shape[-1] % alignment == 0 and value.shape[-1] % alignment == 0
-    known_dtype = query.dtype in (torch.float32, torch.float16) or (
-        query.dtype == torch.bfloat16 and capability >= _AMPERE
-    )
-    return "efficient" if aligned and known_dtype and not heads_differ else "math"
+    dtype = dtype_name(query.dtype)
+    if dtype is None:
+        raise ProbeFailed(f"attention runs in {str(query.dtype)[6:]}, which is none of fp32, bf16 and fp16")
+    return AttentionCall(
+        dtype=dtype, query_heads=query.shape[1], key_heads=key.shape[1], key_width=query.shape[-1],
+        value_width=value.shape[-1], grouped=grouped, masked=mask is not None,
+        oblong=causal and query.shape[-2] != key.shape[-2], drops=dropout > 0,
+        needs_grad=needs_grad(query, key, value), capability=capability,
+    )  # fmt: skip
 
 
-def explain_no_flash(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, dropout: float, capability: tuple[int, int]
-) -> str | None:
-    """Return why a card cannot run flash attention on these tensors; None if it can.
-
-    Source: sdp_utils.cpp check_flash_attention_hardware_support, check_dtypes_low_precision, check_head_dim_size_flash,
-    check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120.
-    """
-    width = query.shape[-1]
-    if capability < _AMPERE:
-        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
-    if query.dtype not in _NARROW:
-        return f"attention runs in {str(query.dtype)[6:]}, and the kernel takes fp16 or bf16"
-    if width > _WIDEST_FLASH_HEAD or not width == key.shape[-1] == value.shape[-1]:
-        return f"heads are {width} and {value.shape[-1]} wide, and the kernel takes equal widths up to 256"
-    consumer = (8, 6) <= capability <= (8, 9) or capability[0] == 12
-    if consumer and query.requires_grad and (192 < width <= 224 or (width > 224 and dropout)):
-        return f"heads {width} wide have no backward pass on compute capability {capability[0]}.{capability[1]}"
-    return None
+def needs_grad(*tensors: torch.Tensor) -> bool:
+    """Whether autograd will want something of an operation on these tensors."""
+    return torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
 
 
 def _attend(wanted: AttentionKernel, capability: tuple[int, int]) -> Callable[..., torch.Tensor]:
@@ -83,36 +64,29 @@ def _attend(wanted: AttentionKernel, capability: tuple[int, int]) -> Callable[..
             query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
             attn_mask = attn_mask.to(dtype) if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
         if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = _additive(attn_mask, query.dtype)
-        kernel = _find_kernel(wanted, query, key, value, attn_mask, dropout_p, is_causal, capability)
+            attn_mask = make_additive(attn_mask, query.dtype)
+        call = read_call(
+            query, key, value, attn_mask, dropout=dropout_p, causal=is_causal, grouped=enable_gqa, capability=capability
+        )
+        kernel = _find_kernel(wanted, call)
         width_scale = query.shape[-1] ** -0.5 if scale is None else scale
         if kernel == "flash":
             return _flash(query, key, value, dropout_p, is_causal, width_scale)
         if kernel == "efficient":
             return _efficient(query, key, value, attn_mask, dropout_p, is_causal, width_scale)
-        operator = torch.ops.aten._scaled_dot_product_attention_math.default
-        return operator(
-            query, key, value, attn_mask, dropout_p, is_causal, None, scale=width_scale, enable_gqa=enable_gqa
-        )[0]
+        with torch.autocast("cpu", enabled=False):  # off below the function that it cast the inputs of
+            return attend_plainly(query, key, value, attn_mask, dropout_p, is_causal, width_scale, enable_gqa)
 
     return attend
 
 
-def _find_kernel(
-    wanted: AttentionKernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
-    dropout: float, causal: bool, capability: tuple[int, int],
-) -> Kernel:  # fmt: skip
+def _find_kernel(wanted: AttentionKernel, call: AttentionCall) -> Kernel:
     if wanted != "flash":
-        return choose_kernel(query, key, value, mask, dropout=dropout, causal=causal, capability=capability)
-    problem = explain_no_flash(query, key, value, dropout=dropout, capability=capability)
+        return choose_kernel(call)
+    problem = explain_no_flash(call)
     if problem:
         raise ProbeFailed(f"the card cannot run flash attention here: {problem}; use attention kernel sdpa")
     return "flash"
-
-
-def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Source: aten/src/ATen/native/transformers/attention.cpp convert_boolean_attn_mask, for each call anew."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask.logical_not(), -math.inf)
 
 
 def _flash(
@@ -135,14 +109,12 @@ def _efficient(
         if length % _MASK_ALIGNMENT:
             mask = torch.nn.functional.pad(mask, (0, -length % _MASK_ALIGNMENT))[..., :length]
         mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], length)
-    keeps = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    keeps = needs_grad(query, key, value)
     operator = torch.ops.aten._scaled_dot_product_efficient_attention.default
     return operator(query, key, value, mask, keeps, dropout, causal, scale=scale)[0]
 
 
-def _drop_out(
-    input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> torch.Tensor:
+def _drop_out(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
     """One kernel that keeps a boolean mask; the CPU's keeps a mask in the input's dtype.
 
     Source: aten/src/ATen/native/Dropout.cpp is_fused_kernel_acceptable.
@@ -155,7 +127,7 @@ def card_kernels(device: Device, attention: AttentionKernel) -> Iterator[None]:
     """Replace attention and dropout by those of a card while the context lasts."""
     functions: Any = torch.nn.functional
     originals = functions.scaled_dot_product_attention, functions.dropout
-    functions.scaled_dot_product_attention = _attend(attention, device.compute_capability or _AMPERE)
+    functions.scaled_dot_product_attention = _attend(attention, device.compute_capability or AMPERE)
     functions.dropout = _drop_out
     try:
         yield
@@ -179,10 +151,22 @@ class CudaAutocast(TorchFunctionMode):
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.autograd.backward:
+            return self._stay_on(*args, **(kwargs or {}))
         if func in _WIDENED and torch.is_autocast_enabled("cpu"):
             args = tuple(_widen(one) for one in args)
             kwargs = {key: _widen(one) for key, one in (kwargs or {}).items()}
         return func(*args, **(kwargs or {}))
+
+    def _stay_on(self, tensors: Any, **kwargs: Any) -> None:
+        """Run a backward pass, and the forward passes it repeats, under the mode.
+
+        From torch 2.13 on a mode may take the place of `backward`, and a mode is off while it does. Edges of the graph
+        have no type to ask for a substitute. Source: torch/autograd/__init__.py backward.
+        """
+        edges = [get_gradient_edge(one) if isinstance(one, torch.Tensor) else one for one in tensors]
+        with self:
+            torch.autograd.backward(edges, **kwargs)
 
 
 def _widen(value: Any) -> Any:
@@ -194,7 +178,7 @@ def list_workspaces(func: Any, args: tuple[Any, ...], result: Any) -> list[int]:
 
     Source: aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp mha_bwd (fp32 query gradient, row sums,
     gradients of every head under grouped queries); mem_eff_attention/kernel_backward.h (fp32 query gradient);
-    native/cuda/EmbeddingBackwardKernel.cu (sorted indices, fp32 partial sums).
+    native/cuda/EmbeddingBackwardKernel.cu (sorted indices, fp32 partial sums); plain_attention.plain_buffers.
     """
     aten = torch.ops.aten
     if func is aten._scaled_dot_product_flash_attention_backward.default:
@@ -203,6 +187,8 @@ def list_workspaces(func: Any, args: tuple[Any, ...], result: Any) -> list[int]:
         return _efficient_backward_buffers(args[1])
     if func is aten.embedding_dense_backward.default:
         return _embedding_buffers(args[0], args[1], args[2])
+    if func is aten._safe_softmax.default:
+        return plain_buffers(args[0])
     return []
 
 

@@ -5,6 +5,7 @@ Random initialisation and PEFT's wrapping fail or crawl on fake tensors, so both
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,6 +24,8 @@ from brim.probes.losses import replace_loss
 from brim.probes.quantized import quantize_base
 from brim.spec.recipe import Dtype, Recipe
 from brim.spec.strategy import AttentionKernel, Strategy
+
+_CUT = "_brim_cut"
 
 BuildModel = Callable[[], torch.nn.Module]
 
@@ -49,7 +52,8 @@ def build_from_config(
     if kind is None:
         text = f"transformers {transformers.__version__} has no class {quoted(architecture)}; install a newer one"
         raise ProbeFailed(text, architecture=architecture)
-    settings = {key: value for key, value in config.items() if key not in ("model_type", "architectures", "dtype")}
+    own = copy.deepcopy(dict(config))  # transformers fills in the rotary numbers of what it is given
+    settings = {key: value for key, value in own.items() if key not in ("model_type", "architectures", "dtype")}
     try:
         known = transformers.AutoConfig.for_model(config["model_type"], **settings)
         kernel = attention_kernel(attention, find_modeling(config["model_type"]))
@@ -131,12 +135,21 @@ def _empty(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def find_layers(model: torch.nn.Module) -> torch.nn.ModuleList | None:
-    """Return the repeated layers, after which come the final norm, the head and the loss: the heaviest list."""
+    """Return the repeated layers, after which come the final norm, the head and the loss: the heaviest list.
+
+    Of an encoder and a decoder that is the decoder, also once it has been cut down to a few layers.
+    """
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) > 0]
     sizes = [sum(parameter.numel() for parameter in layers.parameters()) for layers in lists]
     if not sizes:
         return None
-    return lists[sizes.index(max(sizes))]
+    return next((one for one in lists if hasattr(one, _CUT)), lists[sizes.index(max(sizes))])
+
+
+def cut_layers(layers: torch.nn.ModuleList, away: slice) -> None:
+    """Take layers out of a list, which remains the one that `find_layers` finds."""
+    del layers[away]
+    setattr(layers, _CUT, True)
 
 
 def _first_line(error: Exception) -> str:

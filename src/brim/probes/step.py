@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.autograd.graph import get_gradient_edge
 
 from brim.errors import MissingExtra, ProbeFailed
 from brim.probes.checkpointing import offloads_saved_tensors
 from brim.probes.dtypes import torch_dtype
+from brim.probes.heads import explain_no_loss
 from brim.probes.inputs import MakeInputs
 from brim.probes.kernels import CudaAutocast
 from brim.probes.loops import Loop, LossScaler, find_loop, make_scaler, takes_label_count
@@ -215,10 +215,8 @@ def _micro_batch(step: Step, inputs: Inputs, count: torch.Tensor | None) -> None
             loss = loss / step.strategy.gradient_accumulation_steps
         step.tracker.label_live(started, "activation")
         step.begin(LOSS_BACKWARD)
-        scaled = loss if step.scaler is None else step.scaler.scale(loss)
-        # Not from the tensor: that would switch function modes off inside, and what is recomputed needs them.
-        torch.autograd.backward(get_gradient_edge(scaled))
-        del scaled
+        # Not loss.backward(): that would switch function modes off inside.
+        torch.autograd.backward(loss if step.scaler is None else step.scaler.scale(loss))
     step.kept_loss = loss.detach() if step.loop.keeps_loss else None
     _label_gradients(step)
 
@@ -230,15 +228,16 @@ def _compute_loss(step: Step, inputs: Inputs, count: torch.Tensor | None) -> tup
     if count is not None:
         inputs = {**inputs, "num_items_in_batch": count}
     outputs = _wrap(step, step.model)(**inputs)
-    return _find_loss(outputs), outputs
+    loss = _find_loss(outputs)
+    if loss is None:
+        raise ProbeFailed(explain_no_loss(step.model))
+    return loss, outputs
 
 
-def _find_loss(outputs: Any) -> torch.Tensor:
+def _find_loss(outputs: Any) -> torch.Tensor | None:
     """Source: transformers trainer.py compute_loss; a model of one's own may return any object with a loss."""
     if isinstance(outputs, Mapping):
-        if outputs.get("loss") is None:
-            raise ProbeFailed("its forward returns no loss for the labels it is given; pass a build_model whose does")
-        return outputs["loss"]
+        return outputs.get("loss")
     if isinstance(outputs, torch.Tensor):
         return outputs
     return outputs.loss if hasattr(outputs, "loss") else outputs[0]
