@@ -20,8 +20,9 @@ LOOPS = ("hf", "sft", "dpo", "plain", "accelerate", "lightning")
 
 
 def build_subject(
-    config: Mapping[str, Any], architecture: str, loop: str, *, exactly: Any = None, num_ranks: int = 1
-) -> Subject:
+    config: Mapping[str, Any], architecture: str, loop: str, *, exactly: Any = None, num_ranks: int = 1,
+    equal_lengths: bool = False,
+) -> Subject:  # fmt: skip
     """Return a model class under a loop, small and on the CPU.
 
     Args:
@@ -31,6 +32,7 @@ def build_subject(
         exactly: what makes the loop exact (`brim.guard` for trainers, `brim.accumulate` for plain loops, ...); the
             loop as installed if None.
         num_ranks: data-parallel ranks; this process is one of them.
+        equal_lengths: whether all made-up sequences are of one length, for a model that padding changes.
 
     Raises:
         UnknownName: no such loop. ProbeFailed: transformers has no such class, or it cannot be built small.
@@ -38,7 +40,7 @@ def build_subject(
     if loop not in LOOPS:
         raise UnknownName(kind="trainer", name=loop, known=LOOPS)
     model = build_model(config, architecture)
-    rows = make_rows(architecture, model.config, WINDOW + (3 if num_ranks == 1 else 4))
+    rows = make_rows(architecture, model.config, WINDOW + (3 if num_ranks == 1 else 4), equal_lengths=equal_lengths)
     if loop == "plain":
         return plain_subject(model, rows, collate, accumulate=exactly)
     if loop == "accelerate":
