@@ -22,8 +22,6 @@ from types import FrameType
 from typing import Any
 
 import transformers
-from exactness_cases import CASES, LOOPS, OLD_CASES, Case
-from report_exactness import write_page
 
 import brim
 from brim.checks.accumulation import verify_accumulation
@@ -33,10 +31,12 @@ from brim.checks.subjects import build_subject
 from brim.errors import BrimError, InseparableLoss
 from brim.runtime.accumulate import accumulate
 from brim.runtime.guard import guard
+from exactness_cases import CASES, LOOPS, OLD_CASES, Case
+from report_exactness import write_page
 
 TABLE = Path(brim.__file__).parent / "tables" / "exactness.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "exactness.md"
-_SECONDS = 150
+_SECONDS = 90
 _PADDED = 1e-5
 """Difference of a padded batch to its sequences alone above which a class is measured with sequences of one length."""
 
@@ -105,7 +105,7 @@ def _try(case: Case, loop: str, exactly: Any, *, equal_lengths: bool = False) ->
     signal.signal(signal.SIGALRM, _give_up)
     signal.alarm(_SECONDS)
     try:
-        config = merge(kind.config_class().to_dict(), case.numbers)
+        config = merge(kind.config_class().to_dict(), case.numbers or {})
         subject = build_subject(config, case.architecture, loop, exactly=exactly, equal_lengths=equal_lengths)
         return describe(verify_accumulation(subject))
     except InseparableLoss as error:

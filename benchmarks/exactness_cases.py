@@ -21,7 +21,7 @@ class Case(NamedTuple):
     group: str
     architecture: str
     loops: tuple[str, ...]
-    numbers: dict[str, Any] = {}
+    numbers: dict[str, Any] | None = None
     """What its config says otherwise than the default does."""
     labels: str = ""
     """What is told apart by the name: `regression` for one label."""
@@ -41,14 +41,19 @@ Gemma3ForCausalLM PhiForCausalLM Phi3ForCausalLM GPT2LMHeadModel GPTNeoXForCausa
 BloomForCausalLM FalconForCausalLM MptForCausalLM StableLmForCausalLM Olmo2ForCausalLM GraniteForCausalLM
 SmolLM3ForCausalLM CodeGenForCausalLM CohereForCausalLM GlmForCausalLM Glm4ForCausalLM Starcoder2ForCausalLM
 GPTBigCodeForCausalLM GPTNeoForCausalLM Cohere2ForCausalLM Olmo3ForCausalLM NemotronForCausalLM Exaone4ForCausalLM
-BertLMHeadModel OpenAIGPTLMHeadModel CTRLLMHeadModel XLNetLMHeadModel BartForCausalLM
+BertLMHeadModel OpenAIGPTLMHeadModel CTRLLMHeadModel XLNetLMHeadModel BartForCausalLM ArceeForCausalLM
+ApertusForCausalLM SeedOssForCausalLM HeliumForCausalLM PersimmonForCausalLM XGLMForCausalLM BioGptForCausalLM
+OlmoForCausalLM Ernie4_5ForCausalLM
 """
 _EXPERTS = """
 MixtralForCausalLM Qwen2MoeForCausalLM Qwen3MoeForCausalLM OlmoeForCausalLM GraniteMoeForCausalLM PhimoeForCausalLM
-GptOssForCausalLM DeepseekV3ForCausalLM Glm4MoeForCausalLM Ernie4_5_MoeForCausalLM
+GptOssForCausalLM Ernie4_5_MoeForCausalLM JetMoeForCausalLM
+FlexOlmoForCausalLM MiniMaxForCausalLM
 """
+_EXPERTS_WITHOUT = "DeepseekV3ForCausalLM Glm4MoeForCausalLM"
 _STATES = """
 MambaForCausalLM Mamba2ForCausalLM JambaForCausalLM FalconH1ForCausalLM RwkvForCausalLM Lfm2ForCausalLM
+FalconMambaForCausalLM BambaForCausalLM RecurrentGemmaForCausalLM Qwen3NextForCausalLM
 """
 _ENCODERS = """
 BertForMaskedLM BertForSequenceClassification BertForTokenClassification BertForQuestionAnswering
@@ -57,13 +62,16 @@ RobertaForTokenClassification RobertaForQuestionAnswering ModernBertForMaskedLM 
 ModernBertForTokenClassification DebertaForMaskedLM DebertaV2ForSequenceClassification
 DebertaV2ForTokenClassification ElectraForMaskedLM ElectraForSequenceClassification ElectraForPreTraining
 DistilBertForMaskedLM AlbertForMaskedLM XLMRobertaForTokenClassification
+CamembertForMaskedLM MPNetForMaskedLM ConvBertForMaskedLM BigBirdForMaskedLM RobertaForMultipleChoice
+XLNetForSequenceClassification FNetForMaskedLM
 """
 _PAIRS = """
 T5ForConditionalGeneration BartForConditionalGeneration PegasusForConditionalGeneration MBartForConditionalGeneration
 WhisperForConditionalGeneration MT5ForConditionalGeneration MarianMTModel M2M100ForConditionalGeneration
+BlenderbotForConditionalGeneration LEDForConditionalGeneration LongT5ForConditionalGeneration
 """
 _IMAGES = "ViTForImageClassification SwinForImageClassification ConvNextForImageClassification " + (
-    "ResNetForImageClassification"
+    "ResNetForImageClassification DeiTForImageClassification BeitForImageClassification Dinov2ForImageClassification"
 )
 _IMAGE_TEXT = """
 Qwen3VLForConditionalGeneration
@@ -78,19 +86,24 @@ LlamaForQuestionAnswering
 
 
 def _list(group: str, names: str, loops: tuple[str, ...], numbers: dict[str, Any] | None = None) -> list[Case]:
-    return [Case(group, name, loops, numbers or {}) for name in names.split()]
+    return [Case(group, name, loops, numbers) for name in names.split()]
 
 
 CASES: tuple[Case, ...] = (
     *_list("dense decoders", _DENSE, _SPOKEN),
     *_list("experts, router losses on", _EXPERTS, _SPOKEN, ROUTED),
+    *_list("experts balanced without a loss", _EXPERTS_WITHOUT, _SPOKEN),
     *_list("state space and hybrids", _STATES, _SPOKEN),
     *_list("encoders", _ENCODERS, _OTHER),
     *_list("encoder-decoders", _PAIRS, _OTHER),
     Case("encoder-decoders", "SwitchTransformersForConditionalGeneration", _OTHER, ROUTED),
     *_list("images", _IMAGES, _OTHER),
-    *_list("images and text, trained on text", "Qwen2VLForConditionalGeneration Qwen2_5_VLForConditionalGeneration",
-           _SPOKEN, _ROTARY),
+    *_list(
+        "images and text, trained on text",
+        "Qwen2VLForConditionalGeneration Qwen2_5_VLForConditionalGeneration",
+        _SPOKEN,
+        _ROTARY,
+    ),
     *_list("images and text, trained on text", _IMAGE_TEXT, _SPOKEN),
     Case("images and text, trained on text", "Qwen3VLMoeForConditionalGeneration", _SPOKEN, {"text_config": ROUTED}),
     Case("images and text, trained on text", "Glm4vForConditionalGeneration", _SPOKEN, _PART_ROTARY),

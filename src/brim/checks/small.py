@@ -24,12 +24,16 @@ _WIDTHS: dict[str, int] = {
     "word_embed_proj_dim": 32, "pooler_hidden_size": 32, "out_hidden_size": 32, "attention_hidden_size": 32,
     "intermediate_size": 64, "ffn_dim": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "ffn_hidden_size": 64,
     "d_ff": 64, "dff": 64, "d_inner": 64, "n_inner": 64, "hidden_dim": 64, "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32, "hidden_size_per_layer_input": 8, "laurel_rank": 8, "num_kv_shared_layers": 0,
+    "shared_expert_intermediate_size": 32, "hidden_size_per_layer_input": 8, "laurel_rank": 8, "lru_width": 32,
+    "num_kv_shared_layers": 0,
     "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "head_dim": 8, "d_kv": 8, "d_head": 8, "rotary_dim": 8, "kv_lora_rank": 16, "q_lora_rank": 16,
+    "decoder_attention_heads": 4, "head_dim": 8, "d_kv": 8, "d_head": 8, "rotary_dim": 8,
+    "kv_lora_rank": 16, "q_lora_rank": 16,
     "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_head_dim": 16,
     "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
-    "topk_group": 1, "state_size": 8, "n_groups": 1, "image_size": 32, "patch_size": 8,
+    "topk_group": 1, "state_size": 8, "n_groups": 1, "chunk_size": 16,
+    "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16,
+    "mamba_n_groups": 1, "image_size": 32, "patch_size": 8,
     "max_source_positions": 64, "max_target_positions": 128,
 }  # fmt: skip
 """Values of a small model by the config's key: consistent with each other, and small enough for one core."""
@@ -86,7 +90,10 @@ def _fit_stages(config: Mapping[str, Any], small: dict[str, Any]) -> None:
         small["num_heads"] = [head // heads[0] for head in heads]
         if "window_size" in config:
             small["window_size"] = 1  # the last stage has a single place
-    if "depths" in config and _is_number(config.get("num_layers")):
+    if "depths" not in config:  # the names of stages that are cut off
+        for key in ("out_features", "out_indices", "stage_names"):
+            small.pop(key, None)
+    elif _is_number(config.get("num_layers")):
         small["num_layers"] = config["num_layers"]
     runs = config.get("attention_types")
     if isinstance(runs, (list, tuple)) and runs:
@@ -96,9 +103,10 @@ def _fit_stages(config: Mapping[str, Any], small: dict[str, Any]) -> None:
 
 def _fit_states(small: dict[str, Any]) -> None:
     """Make the heads of a state space as wide as it is."""
-    numbers = [small.get(key) for key in ("hidden_size", "expand", "num_heads", "head_dim")]
-    if all(_is_number(number) for number in numbers):
-        small["head_dim"] = int(numbers[0] * numbers[1]) // numbers[2]
+    for keys in (("expand", "num_heads", "head_dim"), ("mamba_expand", "mamba_n_heads", "mamba_d_head")):
+        expand, heads, width = (small.get(key) for key in keys)
+        if _is_number(expand) and _is_number(heads) and _is_number(width) and not small.get("mamba_d_ssm"):
+            small[keys[2]] = int(small.get("hidden_size", 0) * expand) // heads
 
 
 def _fit_heads(config: Mapping[str, Any], small: dict[str, Any], vocabulary: int | None) -> dict[str, Any]:
@@ -168,6 +176,15 @@ def build_small(kind: type, config: Mapping[str, Any], config_class: Any, vocabu
             f"{kind.__name__} cannot be built small: {type(error).__name__}: {' '.join(str(error).split())[:200]}; "
             "give a small config of it"
         ) from error
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """Return a copy of a model; a state that its last forward pass left on it (recurrent layers do) loses its graph."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                setattr(module, name, value.detach())
+    return copy.deepcopy(model)
 
 
 def quiet(model: nn.Module) -> nn.Module:
