@@ -89,8 +89,9 @@ def measure_row(case: Case, loop: str, source: str) -> Row:
     }  # fmt: skip
     name, exact_loop, exactly = find_exact(loop)
     stock, brim_side = _try(case, loop, None), _try(case, exact_loop, exactly)
-    if max(stock.get("padding_error") or 0.0, brim_side.get("padding_error") or 0.0) > _PADDED:
-        row["rows"], row["padded_error"] = "equal", _short(max(stock["padding_error"], brim_side["padding_error"]))
+    padded = max(side.get("padding_error") or 0.0 for side in (stock, brim_side))
+    if padded > _PADDED:
+        row["rows"], row["padded_error"] = "equal", _short(padded)
         stock = _try(case, loop, None, equal_lengths=True)
         brim_side = _try(case, exact_loop, exactly, equal_lengths=True)
     row |= {"installed": stock, "brim": {"with": name, **brim_side}}

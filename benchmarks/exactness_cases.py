@@ -96,7 +96,7 @@ CASES: tuple[Case, ...] = (
     *_list("state space and hybrids", _STATES, _SPOKEN),
     *_list("encoders", _ENCODERS, _OTHER),
     *_list("encoder-decoders", _PAIRS, _OTHER),
-    Case("encoder-decoders", "SwitchTransformersForConditionalGeneration", _OTHER, ROUTED),
+    Case("encoder-decoders", "SwitchTransformersForConditionalGeneration", _OTHER),
     *_list("images", _IMAGES, _OTHER),
     *_list(
         "images and text, trained on text",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 VOCABULARY = 96
-_TOKENS = (3, 60)
+TOKENS = (3, 60)
 """Made-up tokens: clear of special ones at both ends."""
 _SHORTEST, _LONGEST = 6, 40
 _IGNORED = -100
@@ -73,7 +73,7 @@ def _is_pair(config: Any) -> bool:
 
 
 def _tokens(generator: torch.Generator, length: int) -> Tensor:
-    return torch.randint(*_TOKENS, (length,), generator=generator)
+    return torch.randint(*TOKENS, (length,), generator=generator)
 
 
 def _length(generator: torch.Generator, shortest: int) -> int:
