@@ -24,7 +24,7 @@ class Case(NamedTuple):
     numbers: dict[str, Any] | None = None
     """What its config says otherwise than the default does."""
     labels: str = ""
-    """What is told apart by the name: `regression` for one label."""
+    """What the name tells apart, such as `regression` for one label."""
 
     @property
     def name(self) -> str:
@@ -108,6 +108,7 @@ CASES: tuple[Case, ...] = (
     Case("images and text, trained on text", "Qwen3VLMoeForConditionalGeneration", _SPOKEN, {"text_config": ROUTED}),
     Case("images and text, trained on text", "Glm4vForConditionalGeneration", _SPOKEN, _PART_ROTARY),
     *_list("speech", _SPEECH, _OTHER),
+    Case("speech", "Wav2Vec2ForCTC", _OTHER, {"ctc_loss_reduction": "mean"}, "mean"),
     *_list("generic heads of decoders", _GENERIC, _OTHER),
     Case("generic heads of decoders", "LlamaForSequenceClassification", _OTHER, {"num_labels": 1}, "regression"),
 )
