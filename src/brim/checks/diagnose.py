@@ -92,6 +92,16 @@ def without_numbers(cause: str) -> str:
     return re.sub(r" \((?:gradient )?x [^)]*\)", "", cause)
 
 
+def is_made_of(found: Tensor, vectors: Sequence[Tensor]) -> bool:
+    """Return whether a gradient is a sum of others, each with some weight."""
+    basis = [vector for vector in vectors if float(vector.norm())]
+    if not basis:
+        return False
+    matrix = torch.stack(basis, dim=1)
+    solved = torch.linalg.lstsq(matrix, found.unsqueeze(1), driver="gelsd").solution.squeeze(1)
+    return float((matrix @ solved - found).norm()) <= _CLOSE * float(found.norm())
+
+
 def _solve(evidence: Evidence) -> tuple[list[float], float | None, float]:
     """Return the weight of each micro-batch's mean and of the auxiliary parts' sum, and what they leave over."""
     basis = list(evidence.means)

@@ -93,14 +93,20 @@ def _hf_trainer(model: Any, rows: list[Any]) -> Callable[[], Any]:
 def _sft_trainer(model: Any, rows: list[Any]) -> Callable[[], Any]:
     def make() -> Any:
         from datasets import Dataset
+        from transformers import DataCollatorForSeq2Seq
         from trl import SFTConfig, SFTTrainer
 
         made_up = [{key: row[key].tolist() for key in ("input_ids", "labels")} for row in rows]
+        longest = "max_length" if "max_length" in SFTConfig.__dataclass_fields__ else "max_seq_length"
         arguments = SFTConfig(
-            _folder(), report_to=[], use_cpu=True, max_steps=1, max_length=None, gradient_checkpointing=False,
-            bf16=False, dataset_kwargs={"skip_prepare_dataset": True},
+            _folder(), report_to=[], use_cpu=True, max_steps=1, gradient_checkpointing=False, bf16=False,
+            dataset_kwargs={"skip_prepare_dataset": True}, **{longest: None},
         )  # fmt: skip
-        return SFTTrainer(model, arguments, train_dataset=Dataset.from_list(made_up), processing_class=make_tokenizer())
+        tokenizer = make_tokenizer()
+        # the default collator of old releases makes labels itself, and stumbles over given ones
+        collator = DataCollatorForSeq2Seq(tokenizer) if longest == "max_seq_length" else None
+        return SFTTrainer(model, arguments, data_collator=collator, train_dataset=Dataset.from_list(made_up),
+                          processing_class=tokenizer)  # fmt: skip
 
     return make
 
