@@ -208,7 +208,7 @@ def main() -> None:
         rows[find_key(row)] = row
         write_rows(TABLE, rows)
         print(f"[{number}/{len(missing)}] {_tell(row, time.monotonic() - started)}", flush=True)
-    PAGE.write_text(write_page(list(rows.values())), encoding="utf-8")
+    PAGE.write_text(write_page(list(read_rows(TABLE).values())), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -140,11 +140,9 @@ def _loss(rows: Any) -> str:
 
 
 def _refused(rows: Sequence[Row]) -> str:
-    found = {
-        (row["class"], row["brim"]["refused"]): row for row in rows if "refused" in row["brim"]
-    }  # fmt: skip
+    found = {row["class"]: row["brim"]["refused"] for row in rows if "refused" in row["brim"]}
     lines = ["## Refused under brim, and why", "", "| class | reason |", "|---|---|"]
-    lines += [f"| {name} | {reason.replace('|', '/')} |" for name, reason in found]
+    lines += [f"| {name} | {reason.replace('|', '/')} |" for name, reason in found.items()]
     return "\n".join(lines) if found else ""
 
 
@@ -177,6 +175,8 @@ def _failed(rows: Sequence[Row]) -> str:
     found = [(row, row["installed"].get("failed") or row["brim"].get("failed")) for row in rows if _has_failed(row)]
     lines = ["## Not measured", "", "| class | loop | what it said |", "|---|---|---|"]
     lines += [f"| {row['class']} | {_LOOPS[row['loop']]} | {text.replace('|', '/')} |" for row, text in found]
+    if any("num_experts" in text for _, text in found):
+        lines += ["", "TRL reads `config.num_experts` where these configs have `num_local_experts`, and fails."]
     return "\n".join(lines) if found else ""
 
 
@@ -195,6 +195,10 @@ def _method() -> str:
   is measured on the class (`brim.losses`), not read from its name.
 - Sequences differ in length and in targets; a third trains on every token, one has no target at all (where the head
   allows that), and the last window is shorter and cut unevenly. Dropout is off.
+- The truth is checked itself: the gradient of the whole batch at once must be the same to 1e-5, or the class is
+  measured with sequences of one length (router losses aside, which are not linear).
+- Accelerate divides by the configured number of micro-batches, so its last, shorter window is off for every class;
+  heads that average over rows are right in full windows.
 - The gradient is caught inside `optimizer.step()`, so everything that a trainer scales on the way is in it.
 - Under brim: `brim.guard(trainer)` for HF and TRL; for Accelerate a loop of one's own with `brim.accumulate`, or
   `brim.exact_accelerate` (each row says which, key `with`).
