@@ -65,7 +65,7 @@ def find_exact(loop: str) -> tuple[str, str, Callable[..., Any]]:
         return "exact_accelerate", loop, module.exact_accelerate
     if loop == "lightning":
         module = importlib.import_module("brim.runtime.lightning")
-        return "ExactLightning", loop, module.exact_lightning
+        return "LightningExact", loop, module.LightningExact
     return "guard", loop, guard
 
 
@@ -74,9 +74,9 @@ def has_loop(loop: str) -> bool:
     if loop != "lightning":
         return True
     try:
-        importlib.import_module("brim.checks.lightning_loop")
-        importlib.import_module("brim.runtime.lightning").exact_lightning  # noqa: B018
-    except (ModuleNotFoundError, AttributeError):
+        for needed in ("lightning", "brim.checks.lightning_loop", "brim.runtime.lightning"):
+            importlib.import_module(needed)
+    except ModuleNotFoundError:
         return False
     return True
 
