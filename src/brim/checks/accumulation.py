@@ -206,12 +206,17 @@ def _compare(subject: Subject, truth: _Truth, split: Split) -> list[SplitResult]
         result = _measure(subject, split, index, len(pieces), steps[index], wanted[index])
         if not is_exact(result.error, result.norm_ratio, result.cosine, subject.precision):
             cause = _find_cause(subject, truth, split, window, steps[index])
-            if index and cause == diagnose.NOT_SEPARABLE:  # the next epoch's first window may be in it
-                rest = _find_cause(subject, truth, split, window, steps[index] - steps[0])
-                cause = cause if rest == diagnose.NOT_SEPARABLE else diagnose.TAIL_LEAKS
+            if index and cause == diagnose.NOT_SEPARABLE and _leaks(truth, split, (windows[0], window), steps[index]):
+                cause = diagnose.TAIL_LEAKS
             result = replace(result, cause=cause)
         found.append(result)
     return found
+
+
+def _leaks(truth: _Truth, split: Split, windows: Sequence[range], found: Tensor) -> bool:
+    """Return whether a step is made of a window's micro-batches and of the next epoch's first ones."""
+    pieces = [truth.gradient_of(*bounds) for window in windows for bounds in cut(window, split.micro_batch_size)]
+    return diagnose.is_made_of(found, [vector for mean, part, _ in pieces for vector in (mean, part)])
 
 
 def _measure(

@@ -26,6 +26,14 @@ CLIPPED = "clipped before accumulation: each micro-batch is clipped on its own"
 NOT_SEPARABLE = "not separable: no weighting of micro-batches gives this gradient"
 PADDING = "padding, not accumulation: a padded batch differs from its sequences run alone"
 
+_IDENTITIES = {
+    "not_divided": NOT_DIVIDED, "divided_twice": DIVIDED_TWICE, "rank_factor": RANK_FACTOR,
+    "mean_of_means": MEAN_OF_MEANS, "wrong_count": WRONG_COUNT, "by_sequences": BY_SEQUENCES,
+    "partial_window": PARTIAL_WINDOW, "dropped": DROPPED, "tail_dropped": TAIL_DROPPED, "tail_leaks": TAIL_LEAKS,
+    "auxiliary": AUXILIARY, "clipped": CLIPPED, "not_separable": NOT_SEPARABLE, "padding": PADDING,
+}  # fmt: skip
+"""What tables call the causes."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
@@ -72,6 +80,22 @@ def name_cause(evidence: Evidence) -> str:
     if _clips(evidence, weights, labelled):
         return CLIPPED
     return f"micro-batches weigh {', '.join(f'{ratio:.4g}' for ratio in ratios)} times what they should"
+
+
+def identify_cause(cause: str) -> tuple[str, ...]:
+    """Return the short names of a cause, for tables: `not_divided`, `mean_of_means`, ...; `scaled` if it has none."""
+    found = [identity for identity, name in _IDENTITIES.items() if name in cause]
+    return tuple(found) or ("scaled",)
+
+
+def is_made_of(found: Tensor, vectors: Sequence[Tensor]) -> bool:
+    """Return whether a gradient is a sum of others, each with some weight."""
+    basis = [vector for vector in vectors if float(vector.norm())]
+    if not basis:
+        return False
+    matrix = torch.stack(basis, dim=1)
+    solved = torch.linalg.lstsq(matrix, found.unsqueeze(1), driver="gelsd").solution.squeeze(1)
+    return float((matrix @ solved - found).norm()) <= CLOSE * float(found.norm())
 
 
 def _solve(evidence: Evidence) -> tuple[list[float], float | None, float]:

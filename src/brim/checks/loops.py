@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from brim.checks.accumulation import WINDOW, Inputs, Split, Subject
 from brim.checks.gradients import CaptureOptimizer, flatten
+from brim.checks.small import copy_model
 from brim.checks.trainers import list_versions
 
 PLAIN_FIX = "for micro in brim.accumulate(batch, micro_batch_size, model=model): micro.backward(...)"
@@ -39,7 +39,7 @@ def plain_subject(
     """
 
     def run(split: Split) -> list[Tensor]:
-        module = wrap(copy.deepcopy(model).train(), sharding if num_ranks > 1 else None)
+        module = wrap(copy_model(model).train(), sharding if num_ranks > 1 else None)
         steps = []
         for start in range(0, len(rows), WINDOW):
             window = list(rows[start : start + WINDOW])
@@ -90,7 +90,7 @@ def accelerate_subject(
         from accelerate import Accelerator
 
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=split.accumulation_steps)
-        module = copy.deepcopy(model).train()
+        module = copy_model(model).train()
         optimizer = CaptureOptimizer(p for p in module.parameters() if p.requires_grad)
         loader = torch.utils.data.DataLoader(list(rows), batch_size=split.micro_batch_size, collate_fn=collate)
         prepared, stepper, loader = accelerator.prepare(module, optimizer, loader)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
 VOCABULARY = 96
-_TOKENS = (3, 60)
+TOKENS = (3, 60)
 """Made-up tokens: clear of special ones at both ends."""
 _SHORTEST, _LONGEST = 6, 40
 _IGNORED = -100
 
 
-def make_rows(architecture: str, config: Any, number: int, *, seed: int = 0) -> list[dict[str, Tensor]]:
+def make_rows(
+    architecture: str, config: Any, number: int, *, seed: int = 0, equal_lengths: bool = False
+) -> list[dict[str, Tensor]]:
     """Return sequences that a class of transformers can be trained on.
 
     A third trains on every token, the others on what follows a prompt; the fourth has no target at all, as happens when
@@ -25,17 +28,22 @@ def make_rows(architecture: str, config: Any, number: int, *, seed: int = 0) -> 
         config: the small model's config.
         number: how many sequences.
         seed: of what is made up.
+        equal_lengths: whether all are of one length, for a model that padding changes.
     """
     generator = torch.Generator().manual_seed(seed)
     head = architecture.rpartition("For")[2]
     makers = {
         "SequenceClassification": _row_label, "TokenClassification": _token_labels, "MaskedLM": _masked,
         "QuestionAnswering": _span, "ImageClassification": _image, "MultipleChoice": _choice, "CTC": _speech,
+        "PreTraining": _pretraining if _takes(architecture, "next_sentence_label") else _replaced,
     }  # fmt: skip
     make = makers.get(head)
     if make is None:
         make = _speech_pair if hasattr(config, "num_mel_bins") else _pair if _is_pair(config) else _text
-    return [make(config, generator, index) for index in range(number)]
+    if make is _row_label and hasattr(config, "conv_stride"):
+        make = _sound
+    shortest = _LONGEST - 1 if equal_lengths else _SHORTEST
+    return [make(config, generator, index, shortest) for index in range(number)]
 
 
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -52,21 +60,29 @@ def _pad(values: list[Tensor], filler: int) -> Tensor:
     return torch.stack([torch.cat([value, value.new_full((longest - len(value),), filler)]) for value in values])
 
 
+def _takes(architecture: str, name: str) -> bool:
+    """Return whether the forward pass of a class takes an input."""
+    import transformers
+
+    kind = getattr(transformers, architecture, None)
+    return kind is not None and name in inspect.signature(kind.forward).parameters
+
+
 def _is_pair(config: Any) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def _tokens(generator: torch.Generator, length: int) -> Tensor:
-    return torch.randint(*_TOKENS, (length,), generator=generator)
+    return torch.randint(*TOKENS, (length,), generator=generator)
 
 
-def _length(generator: torch.Generator) -> int:
-    return int(torch.randint(_SHORTEST, _LONGEST, (), generator=generator))
+def _length(generator: torch.Generator, shortest: int) -> int:
+    return int(torch.randint(shortest, _LONGEST, (), generator=generator))
 
 
-def _text(config: Any, generator: torch.Generator, index: int) -> dict[str, Tensor]:
+def _text(config: Any, generator: torch.Generator, index: int, shortest: int = _SHORTEST) -> dict[str, Tensor]:
     """Return one sequence of a causal language model."""
-    tokens = _tokens(generator, _length(generator))
+    tokens = _tokens(generator, _length(generator, shortest))
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": _hide(tokens, index)}
 
 
@@ -79,60 +95,77 @@ def _hide(tokens: Tensor, index: int) -> Tensor:
     return labels
 
 
-def _pair(config: Any, generator: torch.Generator, index: int) -> dict[str, Tensor]:
-    source, target = _tokens(generator, _length(generator)), _tokens(generator, _length(generator))
+def _pair(config: Any, generator: torch.Generator, index: int, shortest: int = _SHORTEST) -> dict[str, Tensor]:
+    source, target = _tokens(generator, _length(generator, shortest)), _tokens(generator, _length(generator, shortest))
     if index == 3:
         target[:] = _IGNORED
     return {"input_ids": source, "attention_mask": torch.ones_like(source), "labels": target}
 
 
-def _masked(config: Any, generator: torch.Generator, index: int) -> dict[str, Tensor]:
+def _masked(config: Any, generator: torch.Generator, index: int, shortest: int = _SHORTEST) -> dict[str, Tensor]:
     """Return one sequence of a masked language model: a few positions are targets, position 0 among them at times."""
-    row = _text(config, generator, index)
+    row = _text(config, generator, index, shortest)
     chosen = torch.rand(len(row["input_ids"]), generator=generator) < (0.2 if index % 2 else 0.6)
     chosen[0] = bool(index % 2)
     labels = torch.where(chosen, row["input_ids"], torch.full_like(row["input_ids"], _IGNORED))
     return {**row, "labels": labels if index != 3 else torch.full_like(labels, _IGNORED)}
 
 
-def _token_labels(config: Any, generator: torch.Generator, index: int) -> dict[str, Tensor]:
-    row = _text(config, generator, index)
+def _token_labels(config: Any, generator: torch.Generator, index: int, shortest: int = _SHORTEST) -> dict[str, Tensor]:
+    row = _text(config, generator, index, shortest)
     kinds = torch.randint(0, config.num_labels, row["labels"].shape, generator=generator)
     return {**row, "labels": torch.where(row["labels"].eq(_IGNORED), row["labels"], kinds)}
 
 
-def _row_label(config: Any, generator: torch.Generator, index: int) -> dict[str, Tensor]:
-    row = _text(config, generator, index)
+def _row_label(config: Any, generator: torch.Generator, index: int, shortest: int = _SHORTEST) -> dict[str, Tensor]:
+    row = _text(config, generator, index, shortest)
     if config.num_labels == 1:
         return {**row, "labels": torch.rand((), generator=generator)}
     return {**row, "labels": torch.tensor(index % config.num_labels)}
 
 
-def _span(config: Any, generator: torch.Generator, index: int) -> dict[str, Tensor]:
-    row = _text(config, generator, index)
+def _span(config: Any, generator: torch.Generator, index: int, shortest: int = _SHORTEST) -> dict[str, Tensor]:
+    row = _text(config, generator, index, shortest)
     del row["labels"]
     return {**row, "start_positions": torch.tensor(1), "end_positions": torch.tensor(2 + index % 3)}
 
 
-def _choice(config: Any, generator: torch.Generator, index: int) -> dict[str, Tensor]:
+def _replaced(config: Any, generator: torch.Generator, index: int, shortest: int = _SHORTEST) -> dict[str, Tensor]:
+    """Return one sequence with, for each token, whether it was replaced; what is padding the mask says."""
+    row = _text(config, generator, index, shortest)
+    return {**row, "labels": torch.randint(0, 2, row["labels"].shape, generator=generator)}
+
+
+def _pretraining(config: Any, generator: torch.Generator, index: int, shortest: int = _SHORTEST) -> dict[str, Tensor]:
+    """Return one sequence with masked tokens and whether its second half follows the first."""
+    return {**_masked(config, generator, index, shortest), "next_sentence_label": torch.tensor(index % 2)}
+
+
+def _choice(config: Any, generator: torch.Generator, index: int, shortest: int = _SHORTEST) -> dict[str, Tensor]:
     tokens = torch.stack([_tokens(generator, _SHORTEST) for _ in range(3)])
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": torch.tensor(index % 3)}
 
 
-def _image(config: Any, generator: torch.Generator, index: int) -> dict[str, Tensor]:
+def _image(config: Any, generator: torch.Generator, index: int, shortest: int = _SHORTEST) -> dict[str, Tensor]:
     size = getattr(config, "image_size", None) or 32
     pixels = torch.rand(getattr(config, "num_channels", 3), size, size, generator=generator)
     return {"pixel_values": pixels, "labels": torch.tensor(index % config.num_labels)}
 
 
-def _speech(config: Any, generator: torch.Generator, index: int) -> dict[str, Tensor]:
+def _sound(config: Any, generator: torch.Generator, index: int, shortest: int = _SHORTEST) -> dict[str, Tensor]:
+    return {
+        "input_values": torch.rand(1600, generator=generator), "labels": torch.tensor(index % config.num_labels)
+    }  # fmt: skip
+
+
+def _speech(config: Any, generator: torch.Generator, index: int, shortest: int = _SHORTEST) -> dict[str, Tensor]:
     return {
         "input_values": torch.rand(1600, generator=generator),
         "labels": torch.randint(1, 20, (2 + index % 2,), generator=generator),
     }
 
 
-def _speech_pair(config: Any, generator: torch.Generator, index: int) -> dict[str, Tensor]:
+def _speech_pair(config: Any, generator: torch.Generator, index: int, shortest: int = _SHORTEST) -> dict[str, Tensor]:
     frames = 2 * getattr(config, "max_source_positions", 100)
     features = torch.rand(config.num_mel_bins, frames, generator=generator)
-    return {"input_features": features, "labels": _pair(config, generator, index)["labels"]}
+    return {"input_features": features, "labels": _pair(config, generator, index, shortest)["labels"]}

@@ -7,11 +7,12 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from brim.checks.accumulation import WINDOW, Subject
 from brim.checks.loops import accelerate_subject, plain_subject
-from brim.checks.sequences import VOCABULARY, collate, make_rows
+from brim.checks.sequences import TOKENS, VOCABULARY, collate, make_rows
 from brim.checks.small import build_small
 from brim.checks.trainers import read_trainer
 from brim.errors import ProbeFailed, UnknownName
@@ -27,6 +28,7 @@ LOOPS = ("hf", "sft", "dpo", "plain", "accelerate", "lightning")
 def build_subject(
     config: Mapping[str, Any], architecture: str, loop: str, *, exactly: Any = None, num_ranks: int = 1,
     sharding: str = "ddp",
+    equal_lengths: bool = False,
 ) -> Subject:  # fmt: skip
     """Return a model class under a loop, small and on the CPU.
 
@@ -38,6 +40,7 @@ def build_subject(
             loop as installed if None.
         num_ranks: data-parallel ranks; this process is one of them.
         sharding: ddp or fsdp2 (plain loops only), where there are several.
+        equal_lengths: whether all made-up sequences are of one length, for a model that padding changes.
 
     Raises:
         UnknownName: no such loop. ProbeFailed: transformers has no such class, or it cannot be built small.
@@ -45,7 +48,8 @@ def build_subject(
     if loop not in LOOPS:
         raise UnknownName(kind="trainer", name=loop, known=LOOPS)
     model = build_model(config, architecture)
-    rows = make_rows(architecture, model.config, WINDOW + (3 if num_ranks == 1 else 4))
+    rows = make_rows(architecture, model.config, WINDOW + (3 if num_ranks == 1 else 4), equal_lengths=equal_lengths)
+    _keep_acceptable(model, rows)
     if loop == "plain":
         return plain_subject(model, rows, collate, accumulate=exactly, num_ranks=num_ranks, sharding=sharding)
     if loop == "accelerate":
@@ -82,6 +86,19 @@ def _with_head(architecture: str, model_type: str) -> str:
     return next((name for name in names if name), architecture)
 
 
+def _keep_acceptable(model: nn.Module, rows: list[Any]) -> None:
+    """Give the sequence without any target one, where the class's own code fails on it (decoders that look for one)."""
+    for row in rows:
+        labels = row.get("labels")
+        if labels is None or not labels.dim() or bool(labels.ne(-100).any()):
+            continue
+        try:
+            with torch.no_grad():
+                model(**collate([row]))
+        except (RuntimeError, IndexError, ValueError):
+            labels[-1] = TOKENS[0]
+
+
 def _hf_trainer(model: Any, rows: list[Any]) -> Callable[[], Any]:
     def make() -> Any:
         from transformers import Trainer, TrainingArguments
@@ -95,14 +112,20 @@ def _hf_trainer(model: Any, rows: list[Any]) -> Callable[[], Any]:
 def _sft_trainer(model: Any, rows: list[Any]) -> Callable[[], Any]:
     def make() -> Any:
         from datasets import Dataset
+        from transformers import DataCollatorForSeq2Seq
         from trl import SFTConfig, SFTTrainer
 
         made_up = [{key: row[key].tolist() for key in ("input_ids", "labels")} for row in rows]
+        longest = "max_length" if "max_length" in SFTConfig.__dataclass_fields__ else "max_seq_length"
         arguments = SFTConfig(
-            _folder(), report_to=[], use_cpu=True, max_steps=1, max_length=None, gradient_checkpointing=False,
-            bf16=False, dataset_kwargs={"skip_prepare_dataset": True},
+            _folder(), report_to=[], use_cpu=True, max_steps=1, gradient_checkpointing=False, bf16=False,
+            dataset_kwargs={"skip_prepare_dataset": True}, **{longest: None},
         )  # fmt: skip
-        return SFTTrainer(model, arguments, train_dataset=Dataset.from_list(made_up), processing_class=make_tokenizer())
+        tokenizer = make_tokenizer()
+        # the default collator of old releases makes labels itself, and stumbles over given ones
+        collator = DataCollatorForSeq2Seq(tokenizer) if longest == "max_seq_length" else None
+        return SFTTrainer(model, arguments, data_collator=collator, train_dataset=Dataset.from_list(made_up),
+                          processing_class=tokenizer)  # fmt: skip
 
     return make
 

@@ -16,7 +16,7 @@ from brim.checks.accumulation import WINDOW, Split, Subject
 from brim.checks.gradients import CaptureOptimizer
 from brim.checks.report import FULL, SMALL
 from brim.checks.silence import silenced
-from brim.checks.small import quiet, shrink_model
+from brim.checks.small import copy_model, quiet, shrink_model
 from brim.errors import InvalidInput
 
 _PACKAGES = ("torch", "transformers", "accelerate", "trl", "peft", "lightning")
@@ -47,7 +47,7 @@ def read_trainer(
     collate = _collator(first)
 
     def run(split: Split) -> list[Tensor]:
-        trainer = _set_up(_made(make_trainer), copy.deepcopy(model), rows, split)
+        trainer = _set_up(_made(make_trainer), copy_model(model), rows, split)
         prepared = trainer if prepare is None else prepare(trainer)
         with silenced():
             prepared.train()

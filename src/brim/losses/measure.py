@@ -9,8 +9,8 @@ from torch import nn
 
 from brim.errors import InseparableLoss
 from brim.losses.form import LossForm
-from brim.losses.rules import ROWS, CountingRule, list_rules
-from brim.losses.views import Inputs, Parts, split_labels, split_rows, vary_labels
+from brim.losses.rules import ROWS, CountingRule, count_rows, list_masks, list_rules
+from brim.losses.views import Inputs, Parts, repeat_row, split_labels, split_rows, vary_labels
 from brim.losses.watch import PRECISE, LossOf, LossWatch, Seen, stirred
 
 _ADVICE = (
@@ -67,6 +67,9 @@ def _from_calls(watch: LossWatch, batch: Inputs, coefficients: Sequence[float]) 
     """Return the form that torch's own loss functions show; None where they do not make up the loss."""
     variants = list(vary_labels(batch, watch.ignored))
     seen = [watch.see(variant) for variant in variants]
+    if count_rows(batch) == 1 and all(call.num_terms == 1 for one in seen for call in one.calls):
+        variants = [repeat_row(variant) for variant in variants]
+        seen = [watch.see(variant) for variant in variants]
     if not all(one.calls for one in seen):
         return None
     made, auxiliary = _explain(seen, max(one.precise for one in seen))
@@ -105,12 +108,21 @@ def _list_numbers(made: str, seen: Sequence[Seen]) -> Iterator[list[float]]:
 def _match_rules(variants: Sequence[Inputs], numbers: Sequence[float], seen: Sequence[Seen]) -> Iterator[CountingRule]:
     """Yield the rules that count in every variant what the loss was seen to count."""
     ignored = tuple({call.ignored for one in seen for call in one.calls if call.ignored is not None})
+    by_rows = _counts(ROWS, variants) == list(numbers)
     for rule in list_rules(variants[0], ignored):
-        counts = [int(rule.count(variant)) for variant in variants]
+        if by_rows and rule.key is not None and variants[0][rule.key].dim() > 1:
+            continue  # rows with a target each, so short that their labels count the same
+        if rule == ROWS:  # a loss over every token that is no padding, whatever its labels say
+            yield from (mask for mask in list_masks(variants[0]) if _counts(mask, variants) == list(numbers))
+        counts = _counts(rule, variants)
         if counts == list(numbers):
             yield rule
         elif rule == ROWS and all(number % count == 0 for number, count in zip(numbers, counts, strict=True)):
             yield rule  # as many terms in each row: labels of a regression
+
+
+def _counts(rule: CountingRule, variants: Sequence[Inputs]) -> list[int]:
+    return [int(rule.count(variant)) for variant in variants]
 
 
 def _explain(seen: Sequence[Seen], precise: float) -> tuple[Any, tuple[tuple[str, float], ...]]:

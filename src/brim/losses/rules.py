@@ -94,6 +94,13 @@ def list_rules(inputs: Mapping[str, Any], ignored: tuple[int, ...] = ()) -> Iter
     yield from single
 
 
+def list_masks(inputs: Mapping[str, Any]) -> Iterator[CountingRule]:
+    """Yield the rule that counts the tokens which attention sees, where the inputs tell them from padding."""
+    value = inputs.get("attention_mask")
+    if isinstance(value, Tensor) and value.dim() == 2:
+        yield CountingRule(key="attention_mask", ignored=0)
+
+
 def is_target(key: str, value: object) -> bool:
     """Return whether an input holds whole-numbered targets."""
     whole = isinstance(value, Tensor) and value.dim() and not (value.is_floating_point() or value.dtype == torch.bool)

@@ -68,6 +68,16 @@ def split_rows(inputs: Inputs) -> Iterator[Parts]:
             yield Parts(inputs, _take_rows(inputs, rows, blocks, 0, cut), _take_rows(inputs, rows, blocks, cut, pairs))
 
 
+def repeat_row(inputs: Inputs) -> dict[str, Any]:
+    """Return a batch of one row with that row twice: over one term a sum and a mean are the same number."""
+
+    def twice(value: Any) -> Any:
+        per_row = isinstance(value, Tensor) and value.dim() and value.shape[0] == 1
+        return torch.cat([value, value]) if per_row else value
+
+    return {key: twice(value) for key, value in inputs.items()}
+
+
 def _take_rows(inputs: Inputs, rows: int, blocks: int, start: int, stop: int) -> dict[str, Any]:
     """Return pairs `start` to `stop` of each of the stacked blocks; what has no row dimension stays whole."""
     size = rows // blocks
