@@ -6,8 +6,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from brim.api import estimate, export, load_plan, plan, save_plan, schema, trace, verify_accumulation
-    from brim.checks.report import AccumulationReport
+    from brim.api import (
+        estimate,
+        export,
+        load_plan,
+        plan,
+        save_plan,
+        schema,
+        trace,
+        verify_accumulation,
+        verify_neutrality,
+    )
+    from brim.checks.report import AccumulationReport, NeutralityReport
     from brim.cost.ledger import Estimate
     from brim.errors import BrimError, DoesNotFit
     from brim.exporters.record import Export
@@ -31,11 +41,13 @@ _HOMES = {
     "schema": "brim.api",
     "trace": "brim.api",
     "verify_accumulation": "brim.api",
+    "verify_neutrality": "brim.api",
     "accumulate": "brim.runtime.accumulate",
     "guard": "brim.runtime.guard",
     "unguard": "brim.runtime.guard",
     "ExactAccumulation": "brim.runtime.trainer",
     "AccumulationReport": "brim.checks.report",
+    "NeutralityReport": "brim.checks.report",
     "read_model": "brim.readers.sources",
     "Plan": "brim.planner.record",
     "Estimate": "brim.cost.ledger",
@@ -49,9 +61,10 @@ _HOMES = {
 """Where each public name lives; a name is imported when it is first used, so `import brim` stays tiny."""
 
 __all__ = [
-    "AccumulationReport", "BrimError", "DoesNotFit", "Estimate", "ExactAccumulation", "Export", "ModelShape", "Plan",
-    "Strategy", "Workload", "__version__", "accumulate", "estimate", "export", "guard", "load_plan", "plan",
-    "read_model", "save_plan", "schema", "trace", "unguard", "verify_accumulation",
+    "AccumulationReport", "BrimError", "DoesNotFit", "Estimate", "ExactAccumulation", "Export", "ModelShape",
+    "NeutralityReport", "Plan", "Strategy", "Workload", "__version__", "accumulate", "estimate", "export", "guard",
+    "load_plan", "plan", "read_model", "save_plan", "schema", "trace", "unguard", "verify_accumulation",
+    "verify_neutrality",
 ]  # fmt: skip
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import brim
 
 PUBLIC = {
-    "AccumulationReport", "BrimError", "DoesNotFit", "Estimate", "ExactAccumulation", "Export", "ModelShape", "Plan",
-    "Strategy", "Workload", "__version__", "accumulate", "estimate", "export", "guard", "load_plan", "plan",
-    "read_model", "save_plan", "schema", "trace", "unguard", "verify_accumulation",
+    "AccumulationReport", "BrimError", "DoesNotFit", "Estimate", "ExactAccumulation", "Export", "ModelShape",
+    "NeutralityReport", "Plan", "Strategy", "Workload", "__version__", "accumulate", "estimate", "export", "guard",
+    "load_plan", "plan", "read_model", "save_plan", "schema", "trace", "unguard", "verify_accumulation",
+    "verify_neutrality",
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from brim.checks.loops import own_loss
+from brim.errors import ProbeFailed
 from brim.spec.recipe import Recipe
 from brim.spec.strategy import Strategy
 from brim.tables.read import find_optimizer
@@ -70,6 +71,8 @@ class Knob:
     """Why it cannot be turned here; empty if it can."""
     note: str = ""
     """What ran in its place, where the real one does not run on a CPU."""
+    meaning: str = ""
+    """What it means if it changes the result."""
 
 
 def list_knobs(
@@ -87,22 +90,39 @@ def list_knobs(
         recipe: says which optimizer and which form of checkpointing; AdamW and both forms if None.
     """
     return (
-        *_attention(strategy), *_checkpointing(strategy, recipe), *_loss(strategy, model, recipe), *_optimizer(strategy, recipe),
-        *_padding(strategy, model, rows), *_offload(strategy), *_sharding(strategy), *_compile(strategy),
-        *_only_on_gpus(strategy),
+        *_attention(strategy), *_checkpointing(strategy, recipe), *_loss(strategy, model, recipe),
+        *_optimizer(strategy, recipe), *_padding(strategy, model, rows), *_offload(strategy), *_sharding(strategy),
+        *_compile(strategy), *_only_on_gpus(strategy),
     )  # fmt: skip
+
+
+def pick_forms(knobs: Iterable[Knob]) -> list[Knob]:
+    """Return the knobs that change the gradient and can be turned together: of several forms of one, the first."""
+    picked: dict[str, Knob] = {}
+    for knob in knobs:
+        if not knob.obstacle and knob.step_with is None and knob.name != SHARDING:
+            picked.setdefault(knob.name, knob)
+    return list(picked.values())
 
 
 def _attention(strategy: Strategy) -> Iterator[Knob]:
     kernel = strategy.attention_kernel
     obstacle = "flash attention runs on a GPU only" if kernel == "flash" else ""
     if kernel != "eager":
-        yield Knob(name="attention_kernel", value=kernel, prepare=partial(set_attention, kernel), obstacle=obstacle)
+        yield Knob(name="attention_kernel", value=kernel, prepare=partial(set_attention, kernel), obstacle=obstacle,
+                   meaning="it does not compute what eager attention does")  # fmt: skip
 
 
 def set_attention(kernel: str, model: nn.Module) -> nn.Module:
-    """Return the model with another attention implementation."""
-    model.set_attn_implementation(kernel)  # type: ignore[operator]
+    """Return the model with another attention implementation.
+
+    Raises:
+        ProbeFailed: its class has no such implementation.
+    """
+    try:
+        model.set_attn_implementation(kernel)  # type: ignore[operator]
+    except (ValueError, AttributeError, NotImplementedError):
+        raise ProbeFailed(f"{type(model).__name__} has no {kernel} attention") from None
     return model
 
 
@@ -110,19 +130,30 @@ def _checkpointing(strategy: Strategy, recipe: Recipe | None) -> Iterator[Knob]:
     kind = strategy.activation_checkpointing
     if kind == "selective":
         context = partial(create_selective_checkpoint_contexts, _keep_attention)
-        yield _checkpoint(kind, {"use_reentrant": False, "context_fn": context})
+        yield checkpoint_layers(kind, {"use_reentrant": False, "context_fn": context})
     elif kind == "full":
         forms = (False, True) if recipe is None else (recipe.engine.reentrant_checkpointing,)
         for reentrant in forms:
-            yield _checkpoint(f"{kind}, reentrant" if reentrant else kind, {"use_reentrant": reentrant})
+            yield checkpoint_layers(f"{kind}, reentrant" if reentrant else kind, {"use_reentrant": reentrant})
 
 
-def _checkpoint(value: str, options: Mapping[str, Any]) -> Knob:
+def checkpoint_layers(value: str, options: Mapping[str, Any]) -> Knob:
+    """Return activation checkpointing as a knob.
+
+    Args:
+        value: what the strategy calls it.
+        options: keywords of torch's checkpoint function.
+    """
+
     def prepare(model: nn.Module) -> nn.Module:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(options))  # type: ignore[operator]
         return model
 
-    return Knob(name="activation_checkpointing", value=value, prepare=prepare, draws_again=True)
+    side = "what layers hand out beside their output, such as router logits, gets no gradient under the reentrant form"
+    meaning = side if options.get("use_reentrant") else "what is computed again gives another gradient"
+    return Knob(
+        name="activation_checkpointing", value=value, prepare=prepare, draws_again=True, meaning=meaning
+    )
 
 
 def _keep_attention(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -147,6 +178,7 @@ def _loss(strategy: Strategy, model: nn.Module, recipe: Recipe | None) -> Iterat
     yield Knob(
         name="loss_kernel", value=strategy.loss_kernel, prepare=_add_chunked_head, loss_of=_chunked_loss,
         around=_small_tiles, obstacle=obstacle, note="TRL's head, in tiles of 64 tokens x 32 words",
+        meaning="it does not compute the model's own loss",
     )  # fmt: skip
 
 
@@ -199,7 +231,7 @@ def _optimizer(strategy: Strategy, recipe: Recipe | None) -> Iterator[Knob]:
         obstacle = f"{name} has one kernel, {kernels[0]}" if one else f"{name} is not torch's and is not run here"
     yield Knob(
         name="optimizer_kernel", value=kernel, obstacle=obstacle, step_with=partial(make_optimizer, name, kernel),
-        step_as=partial(make_optimizer, name, "loop"),
+        step_as=partial(make_optimizer, name, "loop"), meaning="it does not step as the loop does",
     )  # fmt: skip
 
 
@@ -215,7 +247,8 @@ def _padding(strategy: Strategy, model: nn.Module, rows: Sequence[Any]) -> Itera
     fits = _is_causal(model) and all(_can_be_joined(row) for row in rows)
     obstacle = "" if fits else f"sequences of {type(model).__name__} cannot be concatenated"
     note = "the mask that position_ids give, not flash attention's variable lengths"
-    yield Knob(name="padding_free", value="yes", collate=partial(join_rows, model), obstacle=obstacle, note=note)
+    yield Knob(name="padding_free", value="yes", collate=partial(join_rows, model), obstacle=obstacle, note=note,
+               meaning="joined sequences see each other, or lie at other positions")  # fmt: skip
 
 
 def _can_be_joined(row: Any) -> bool:
@@ -245,6 +278,7 @@ def _offload(strategy: Strategy) -> Iterator[Knob]:
         yield Knob(
             name="activation_offload", value="yes", around=_on_host, draws_again=True,
             note="every saved tensor copied away and back; CUDA streams are not checked",
+            meaning="what comes back is not what was saved",
         )  # fmt: skip
 
 
@@ -260,7 +294,8 @@ def _sharding(strategy: Strategy) -> Iterator[Knob]:
     note = f"{how} on 2 gloo ranks" + (f", not {size}" if size != 2 else "")
     if stage == 1:
         note += "; how optimizer states are sharded is not checked"
-    yield Knob(name=SHARDING, value=f"zero {stage}" if stage else "replicas", note=note)
+    yield Knob(name=SHARDING, value=f"zero {stage}" if stage else "replicas", note=note,
+               meaning="ranks do not add up to the mean over them")  # fmt: skip
 
 
 def is_sharded(strategy: Strategy) -> bool:
@@ -270,8 +305,10 @@ def is_sharded(strategy: Strategy) -> bool:
 
 def _compile(strategy: Strategy) -> Iterator[Knob]:
     if strategy.compile:
-        note = "inductor's code for the CPU"
-        yield Knob(name="compile", value="yes", prepare=torch.compile, note=note)  # type: ignore[arg-type]
+        yield Knob(
+            name="compile", value="yes", prepare=torch.compile,  # type: ignore[arg-type]
+            note="inductor's code for the CPU", meaning="compiled code computes something else",
+        )  # fmt: skip
 
 
 def _only_on_gpus(strategy: Strategy) -> Iterator[Knob]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import cache, partial
+from math import isfinite
 from typing import Any
 
 import torch
@@ -14,9 +16,9 @@ from torch import Tensor, nn
 
 from brim.checks.accumulation import WINDOW, one_thread
 from brim.checks.gradients import flatten, relative_error
-from brim.checks.knobs import SHARDING, Collate, Inputs, Knob, StepWith, list_knobs, set_attention
+from brim.checks.knobs import SHARDING, Collate, Inputs, Knob, StepWith, list_knobs, pick_forms, set_attention
 from brim.checks.loops import own_loss
-from brim.checks.report import FP32_LIMIT, KnobResult, NeutralityReport
+from brim.checks.report import FP32_LIMIT, KnobResult, NeutralityReport, Verdict
 from brim.checks.shards import NUM_RANKS, Run, Shared, differentiate_on_ranks
 from brim.checks.trainers import list_versions
 from brim.errors import InvalidInput, ProbeFailed
@@ -26,9 +28,11 @@ from brim.spec.strategy import Mesh, Strategy
 STATE_LIMIT = 1e-5
 """Relative error of what an optimizer has moved the weights by, above which a kernel is not neutral; kernels that are
 given the same gradients agree to 1e-6 (AdamW, SGD; torch 2.13 on a CPU)."""
+_BELONGS: Verdict = "belongs to the workload"
 _DROPOUT = 0.1
 _STEPS = 4
-_TOGETHER = "together"
+TOGETHER = "together"
+"""Name of the row in which all knobs that are neutral alone are turned."""
 
 
 def verify_neutrality(
@@ -51,20 +55,23 @@ def verify_neutrality(
         recipe: the workload's optimizer and engine; AdamW and both forms of checkpointing if None.
 
     Raises:
-        InvalidInput: fewer than 8 sequences.
+        InvalidInput: fewer than 8 sequences. ProbeFailed: the model does not run plainly, or never twice the same.
     """
     if len(rows) < WINDOW:
         raise InvalidInput(f"neutrality is verified on {WINDOW} sequences, not {len(rows)}")
     bench = _Bench(model, rows[:WINDOW], collate)
     stated = strategy if isinstance(strategy, Strategy) else None
     knobs = tuple(strategy) if stated is None else list_knobs(stated, model, bench.rows, recipe)
-    with one_thread(), torch.random.fork_rng(devices=[]):
+    with one_thread(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
+        bench.rehearse()
         local = [knob for knob in knobs if knob.name != SHARDING]
         found = [bench.judge(knob) for knob in local]
         neutral = [knob for knob, result in zip(local, found, strict=True) if result.verdict == "neutral"]
         for knob in knobs:
-            if knob.name == SHARDING and stated is not None:
-                found += _judge_ranks(bench, stated, neutral, knob)
+            if knob.name == SHARDING and stated is None:
+                found.append(_leave_unchecked(knob, "ranks rebuild their knobs: give a strategy"))
+            elif knob.name == SHARDING and stated is not None:
+                found += _judge_ranks(bench, stated, recipe, neutral, knob)
         if len(local) == len(knobs):
             found += bench.judge_together(neutral)
     name = type(model).__name__
@@ -78,10 +85,22 @@ class _Bench:
         self.model, self.rows, self.collate = copy.deepcopy(model), list(rows), collate
         self.kernel = ""
         self.plain = cache(self._plain)
-        try:
+        with suppress(ProbeFailed):  # no attention, or only the model's own
             set_attention("eager", self.model)
-        except (ValueError, AttributeError, NotImplementedError):
-            pass  # no attention, or only the model's own
+
+    def rehearse(self) -> None:
+        """Run plainly twice.
+
+        Raises:
+            ProbeFailed: the model does not run on these sequences, or no run repeats another.
+        """
+        name = type(self.model).__name__
+        try:
+            error = relative_error(self.differentiate(), self.plain())
+        except Exception as failure:
+            raise ProbeFailed(f"{name} has no gradient on made-up sequences: {_describe_error(failure)}") from failure
+        if not error <= FP32_LIMIT:
+            raise ProbeFailed(f"two plain runs of {name} differ by {error:.1e}, so nothing can be compared with them")
 
     def judge(self, knob: Knob) -> KnobResult:
         """Return what turning one knob does."""
@@ -96,12 +115,12 @@ class _Bench:
 
     def judge_together(self, knobs: Sequence[Knob]) -> list[KnobResult]:
         """Return what turning several knobs at once does to the gradient, each of them neutral alone."""
-        turned = {knob.name: knob for knob in knobs if knob.step_with is None}  # of two forms the last
+        turned = pick_forms(knobs)
         if len(turned) < 2:
             return []
-        together = Knob(name=_TOGETHER, value=", ".join(name_knob(knob) for knob in turned.values()))
+        together = _join(turned)
         try:
-            return [_explain(_compare(together, self.differentiate(list(turned.values())), self.plain()))]
+            return [_compare(together, self.differentiate(turned), self.plain())]
         except Exception as error:
             return [_leave_unchecked(together, _describe_error(error))]
 
@@ -184,56 +203,52 @@ def switch_dropout_on(model: nn.Module) -> None:
                 setattr(module, name, _DROPOUT)
 
 
-def name_knob(knob: Knob) -> str:
-    """Return a knob and what it is turned to, for people."""
-    name = knob.name.replace("_", " ")
-    return name if knob.value == "yes" else f"{name} {knob.value}"
+def _join(knobs: Sequence[Knob]) -> Knob:
+    """Return several knobs as one, for the report only."""
+    value = ", ".join(knob.name for knob in knobs)
+    return Knob(name=TOGETHER, value=value, meaning="each is neutral alone, together they are not")
 
 
-def _judge_ranks(bench: _Bench, strategy: Strategy, neutral: Sequence[Knob], knob: Knob) -> list[KnobResult]:
+def _judge_ranks(
+    bench: _Bench, strategy: Strategy, recipe: Recipe | None, neutral: Sequence[Knob], knob: Knob
+) -> list[KnobResult]:
     """Return what two ranks do to the gradient, alone and with all that is neutral."""
     half = WINDOW // NUM_RANKS
     halves = [bench.rows[start : start + half] for start in range(0, WINDOW, half)]
-    turned = [one for one in neutral if one.step_with is None]
+    turned = pick_forms(neutral)
     alone = Strategy(
         micro_batch_size=half, gradient_accumulation_steps=1, attention_kernel="eager", optimizer_kernel="loop",
         zero_stage=strategy.zero_stage, mesh=Mesh(dp_replicate=NUM_RANKS),
     )  # fmt: skip
     together = replace(alone, **{one.name: getattr(strategy, one.name) for one in turned})
-    asked = [knob, Knob(name=_TOGETHER, value=", ".join(map(name_knob, [*turned, knob])))][: 2 if turned else 1]
+    asked = [knob, _join([*turned, knob])][: 2 if turned else 1]
     join = next((one.collate for one in turned if one.collate is not None), bench.collate)
     runs = (
         Run(strategy=alone, batches=tuple(dict(bench.collate(rows)) for rows in halves)),
         Run(strategy=together, batches=tuple(dict(join(rows)) for rows in halves)),
     )[: len(asked)]
     try:
-        found = differentiate_on_ranks(Shared(model=bench.model, rows=bench.rows, runs=runs))
+        found = differentiate_on_ranks(Shared(model=bench.model, rows=bench.rows, runs=runs, recipe=recipe))
     except ProbeFailed as error:
         return [_leave_unchecked(one, str(error)) for one in asked]
     wanted = torch.stack([bench.differentiate(rows=rows) for rows in halves]).mean(0)
     return [
-        _explain(_compare(one, got, wanted)) if isinstance(got, Tensor) else _leave_unchecked(one, got)
+        _compare(one, got, wanted) if isinstance(got, Tensor) else _leave_unchecked(one, got)
         for one, got in zip(asked, found, strict=True)
     ]
 
 
 def _compare(knob: Knob, found: Tensor, wanted: Tensor, limit: float = FP32_LIMIT) -> KnobResult:
     """Return the verdict on what a knob gives beside what the plain run gives."""
-    sizes = float(found.norm()), float(wanted.norm())
-    error = relative_error(found, wanted)
-    neutral = error <= limit  # false where it is not a number
+    sizes, error = (float(found.norm()), float(wanted.norm())), relative_error(found, wanted)
+    if not isfinite(error):
+        return KnobResult(knob=knob.name, value=knob.value, verdict=_BELONGS, reason="its gradient is not finite")
     return KnobResult(
-        knob=knob.name, value=knob.value, verdict="neutral" if neutral else "belongs to the workload", error=error,
+        knob=knob.name, value=knob.value, verdict="neutral" if error <= limit else _BELONGS, error=error,
         norm_ratio=sizes[0] / sizes[1] if sizes[1] else 0.0,
-        cosine=float(found @ wanted) / (sizes[0] * sizes[1]) if all(sizes) else 0.0, reason=knob.note,
+        cosine=float(found @ wanted) / (sizes[0] * sizes[1]) if all(sizes) else 0.0,
+        reason=knob.note if error <= limit else knob.meaning or knob.note,
     )  # fmt: skip
-
-
-def _explain(result: KnobResult) -> KnobResult:
-    """Return a result with what is wrong, where only the combination is."""
-    if result.knob != _TOGETHER or result.verdict == "neutral":
-        return result
-    return replace(result, reason="each is neutral alone, together they are not")
 
 
 def _leave_unchecked(knob: Knob, reason: str) -> KnobResult:
@@ -241,4 +256,6 @@ def _leave_unchecked(knob: Knob, reason: str) -> KnobResult:
 
 
 def _describe_error(error: Exception) -> str:
+    if isinstance(error, ProbeFailed):
+        return str(error)
     return f"does not run here: {type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -6,6 +6,7 @@ import copy
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from brim.checks.gradients import flatten
-from brim.checks.knobs import SHARDING, list_knobs
+from brim.checks.knobs import list_knobs, pick_forms
 from brim.checks.loops import own_loss, wrap
 from brim.errors import ProbeFailed
+from brim.spec.recipe import Recipe
 from brim.spec.strategy import Strategy
 
 NUM_RANKS = 2
@@ -44,6 +46,8 @@ class Shared:
     """The sequences that the micro-batches are made of."""
     runs: tuple[Run, ...]
     """The gradients that are wanted."""
+    recipe: Recipe | None = None
+    """The workload's recipe."""
 
 
 def differentiate_on_ranks(shared: Shared) -> list[Tensor | str]:
@@ -78,7 +82,10 @@ def _wait(ranks: Any) -> None:
 def _run_rank(rank: int, folder: str, shared: Shared) -> None:
     """Write what rank 0 has at the end; the others only take part."""
     import torch.distributed as dist
+    import transformers
 
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     meeting = f"file://{os.path.join(folder, 'meeting')}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=NUM_RANKS)
@@ -99,7 +106,7 @@ def _answer(shared: Shared, run: Run, rank: int) -> Tensor | str:
 
 def _differentiate(shared: Shared, run: Run, rank: int) -> Tensor:
     model = copy.deepcopy(shared.model).train()
-    knobs = [knob for knob in list_knobs(run.strategy, model, shared.rows) if not knob.obstacle and knob.name != SHARDING]
+    knobs = pick_forms(list_knobs(run.strategy, model, shared.rows, shared.recipe))
     called: nn.Module = model
     loss_of: Callable[[nn.Module, Any], Tensor] = own_loss
     for knob in knobs:
