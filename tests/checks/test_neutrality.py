@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import torch
-from transformers import AttentionInterface, BertConfig, LlamaConfig, MambaConfig, MixtralConfig, T5Config
+from transformers import AttentionInterface, BertConfig, LlamaConfig, MambaConfig, MixtralConfig, OPTConfig, T5Config
 
 from brim.checks.knobs import Knob, checkpoint_layers, make_optimizer
 from brim.checks.neutrality import TOGETHER, verify_neutrality
@@ -30,6 +30,7 @@ CONFIGS: dict[str, Any] = {
     "T5ForConditionalGeneration": T5Config(),
     "BertForMaskedLM": BertConfig(),
     "MambaForCausalLM": MambaConfig(num_hidden_layers=2),
+    "OPTForCausalLM": OPTConfig(),
     "MixtralForCausalLM": MixtralConfig(output_router_logits=True, router_aux_loss_coef=0.1),
 }
 
@@ -81,6 +82,15 @@ def test_joined_sequences_leak_through_a_state() -> None:
     assert not report.neutral and row.verdict == "belongs to the workload"
     assert row.error is not None and row.error > 1e-3
     assert "see each other" in row.reason
+
+
+def test_joined_sequences_leak_where_no_mask_is_made_of_positions() -> None:
+    """transformers 5.24 makes OPT's mask without its positions; flash attention is given them."""
+    leaking = rows_of(verify("OPTForCausalLM", turn(padding_free=True)))
+    told = rows_of(verify("OPTForCausalLM", turn(padding_free=True, attention_kernel="flash")))
+    assert leaking["padding_free", "yes"].verdict == "belongs to the workload"
+    assert told["padding_free", "yes"].verdict == "neutral"
+    assert told["attention_kernel", "flash"].verdict == "not checked"
 
 
 def test_reentrant_checkpointing_loses_the_router_loss() -> None:

@@ -246,9 +246,12 @@ def _padding(strategy: Strategy, model: nn.Module, rows: Sequence[Any]) -> Itera
         return
     fits = _is_causal(model) and all(_can_be_joined(row) for row in rows)
     obstacle = "" if fits else f"sequences of {type(model).__name__} cannot be concatenated"
-    note = "the mask that position_ids give, not flash attention's variable lengths"
-    yield Knob(name="padding_free", value="yes", collate=partial(join_rows, model), obstacle=obstacle, note=note,
-               meaning="joined sequences see each other, or lie at other positions")  # fmt: skip
+    apart = strategy.attention_kernel == "flash"
+    yield Knob(
+        name="padding_free", value="yes", collate=partial(join_rows, model, apart=apart), obstacle=obstacle,
+        note="a mask in place of flash attention's variable lengths" if apart else "",
+        meaning="joined sequences see each other, or lie at other positions",
+    )  # fmt: skip
 
 
 def _can_be_joined(row: Any) -> bool:
@@ -257,10 +260,16 @@ def _can_be_joined(row: Any) -> bool:
     return bool(whole and tokens.shape == labels.shape)
 
 
-def join_rows(model: nn.Module, rows: list[Any]) -> Inputs:
+def join_rows(model: nn.Module, rows: list[Any], *, apart: bool = False) -> Inputs:
     """Return rows as one row without padding, positions counted anew in each.
 
     A model that takes no positions gets none: nothing tells it where a sequence starts.
+
+    Args:
+        model: the small model.
+        rows: causal sequences.
+        apart: whether attention is told where each starts, as flash attention is; from positions alone otherwise,
+            which not every class of transformers makes its mask of.
     """
     import inspect
 
@@ -269,8 +278,17 @@ def join_rows(model: nn.Module, rows: list[Any]) -> Inputs:
     flat = DataCollatorWithFlattening(return_tensors="pt")([
         {key: row[key] for key in ("input_ids", "labels")} for row in rows
     ])  # fmt: skip
+    if apart:
+        flat["attention_mask"] = _keep_apart(flat["position_ids"])
     known = inspect.signature(type(model).forward).parameters
     return {key: value for key, value in flat.items() if key != "position_ids" or "position_ids" in known}
+
+
+def _keep_apart(position_ids: Tensor) -> Tensor:
+    """Return the causal mask of joined sequences, (1, 1, tokens, tokens): 0 where a token sees another."""
+    sequence = position_ids.eq(0).cumsum(-1)
+    sees = sequence.eq(sequence.mT).tril()
+    return torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)[None, None]
 
 
 def _offload(strategy: Strategy) -> Iterator[Knob]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shared:
-    """What every rank is given; it is pickled into new processes."""
+    """What every rank is given; its parent process pickled it."""
 
     model: nn.Module
     """The small model."""
@@ -61,7 +61,8 @@ def differentiate_on_ranks(shared: Shared) -> list[Tensor | str]:
     with tempfile.TemporaryDirectory(prefix="brim-verify-") as folder:
         out = os.path.join(folder, "gradients")
         try:
-            ranks = start_processes(_run_rank, (folder, shared), nprocs=NUM_RANKS, join=False, start_method="spawn")
+            given = (folder, pickle.dumps(shared))
+            ranks = start_processes(_run_rank, given, nprocs=NUM_RANKS, join=False, start_method="spawn")
             _wait(ranks)
         except (ProcessException, RuntimeError, OSError, AttributeError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -79,13 +80,14 @@ def _wait(ranks: Any) -> None:
             raise ProbeFailed(f"{NUM_RANKS} ranks gave no answer in {_LONGEST_SECONDS} seconds")
 
 
-def _run_rank(rank: int, folder: str, shared: Shared) -> None:
-    """Write what rank 0 has at the end; the others only take part."""
+def _run_rank(rank: int, folder: str, given: bytes) -> None:
+    """Write what rank 0 has at the end; the others only take part. What libraries say goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
     import torch.distributed as dist
-    import transformers
 
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
+    shared: Shared = pickle.loads(given)
     torch.set_num_threads(1)
     meeting = f"file://{os.path.join(folder, 'meeting')}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=NUM_RANKS)
