@@ -88,6 +88,7 @@ def _run_rank(rank: int, folder: str, given: bytes) -> None:
     import torch.distributed as dist
 
     shared: Shared = pickle.loads(given)
+    _introduce(shared.model)
     torch.set_num_threads(1)
     meeting = f"file://{os.path.join(folder, 'meeting')}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=NUM_RANKS)
@@ -97,6 +98,14 @@ def _run_rank(rank: int, folder: str, given: bytes) -> None:
             torch.save(found, os.path.join(folder, "gradients"))
     finally:
         dist.destroy_process_group()
+
+
+def _introduce(model: nn.Module) -> None:
+    """Make one model of the class in this process: transformers 5 notes then which outputs, such as router logits, its
+    layers record, and a model that only arrives has no note. Source: transformers modeling_utils.py
+    PreTrainedModel.__init__, _CAN_RECORD_REGISTRY."""
+    if hasattr(model, "config"):
+        type(model)(copy.deepcopy(model.config))
 
 
 def _answer(shared: Shared, run: Run, rank: int) -> Tensor | str:
@@ -130,8 +139,13 @@ def shard(model: nn.Module, zero_stage: int) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (NUM_RANKS,))
-    for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
-        for layer in layers:
-            if any(True for _ in layer.parameters()):
-                fully_shard(layer, mesh=mesh, reshard_after_forward=zero_stage == 3)
+    for layer in _list_layers(model):
+        fully_shard(layer, mesh=mesh, reshard_after_forward=zero_stage == 3)
     return fully_shard(model, mesh=mesh, reshard_after_forward=zero_stage == 3)
+
+
+def _list_layers(module: nn.Module) -> list[nn.Module]:
+    """Return the layers of a model: what its outermost lists hold, and not, say, experts that a rank may not use."""
+    if isinstance(module, nn.ModuleList):
+        return [layer for layer in module if any(True for _ in layer.parameters())]
+    return [layer for child in module.children() for layer in _list_layers(child)]

@@ -89,4 +89,4 @@ def _list_remarks(report: NeutralityReport) -> list[str]:
     if any(row.knob == "optimizer_kernel" and row.error is not None for row in report.knobs):
         remarks.append(f"optimizer kernel: how far four steps move the weights, beside the loop; limit {STATE_LIMIT:g}")
     remarks += [_name(row, row.reason) for row in checked.values()]
-    return [*remarks, "on a small copy of the model class with its own loss, on the CPU"]
+    return [*remarks, "on a small copy of the model class with its own loss, in fp32 on the CPU, without adapters or quantised weights"]
