@@ -16,8 +16,10 @@ from brim.errors import DoesNotFit, InvalidFile, InvalidInput, InvalidStrategy, 
 from brim.readers.sources import read_model
 
 PUBLIC = [
-    "BrimError", "DoesNotFit", "Estimate", "Export", "ModelShape", "Plan", "Strategy", "Workload", "__version__",
-    "estimate", "export", "load_plan", "plan", "read_model", "save_plan", "schema", "trace",
+    "AccumulationReport", "BrimError", "DoesNotFit", "Estimate", "ExactAccumulation", "Export", "ModelShape",
+    "NeutralityReport", "Plan", "Strategy", "Workload", "__version__", "accumulate", "estimate", "export", "guard",
+    "load_plan", "plan", "read_model", "save_plan", "schema", "trace", "unguard", "verify_accumulation",
+    "verify_neutrality",
 ]  # fmt: skip
 
 

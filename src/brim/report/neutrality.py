@@ -25,7 +25,8 @@ def format_neutrality(report: NeutralityReport) -> Group:
     unchecked = _pick(report, "not checked")
     parts = [_format_verdict(report)]
     if failed:
-        parts += format_section("Belongs to the workload", format_list([_name(row, row.reason) for row in failed]))
+        lines = [*(_name(row, row.reason) for row in failed), "turn it off, or take it as a change of what is trained"]
+        parts += format_section("Belongs to the workload", format_list(lines))
     checked = [row for row in report.knobs if row.verdict != "not checked"]
     if checked:
         parts += format_section("Knobs", _format_knobs(checked))
@@ -89,4 +90,5 @@ def _list_remarks(report: NeutralityReport) -> list[str]:
     if any(row.knob == "optimizer_kernel" and row.error is not None for row in report.knobs):
         remarks.append(f"optimizer kernel: how far four steps move the weights, beside the loop; limit {STATE_LIMIT:g}")
     remarks += [_name(row, row.reason) for row in checked.values()]
-    return [*remarks, "on a small copy of the model class with its own loss, in fp32 on the CPU, without adapters or quantised weights"]
+    copied = "on a small copy of the model class with its own loss, on the CPU, without adapters or quantised weights"
+    return [*remarks, copied]
