@@ -17,9 +17,9 @@ from brim.readers.sources import read_model
 
 PUBLIC = [
     "AccumulationReport", "BrimError", "DoesNotFit", "Estimate", "ExactAccumulation", "Export", "LightningExact",
-    "ModelShape", "Plan", "Strategy", "Workload", "__version__", "accumulate", "accumulate_contrastive", "estimate",
-    "exact_accelerate", "export", "guard", "load_plan", "plan", "read_model", "save_plan", "schema", "trace", "unguard",
-    "verify_accumulation",
+    "ModelShape", "NeutralityReport", "Plan", "Strategy", "Workload", "__version__", "accumulate",
+    "accumulate_contrastive", "estimate", "exact_accelerate", "export", "guard", "load_plan", "plan", "read_model",
+    "save_plan", "schema", "trace", "unguard", "verify_accumulation", "verify_neutrality",
 ]  # fmt: skip
 
 

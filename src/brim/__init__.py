@@ -6,8 +6,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from brim.api import estimate, export, load_plan, plan, save_plan, schema, trace, verify_accumulation
-    from brim.checks.report import AccumulationReport
+    from brim.api import (
+        estimate,
+        export,
+        load_plan,
+        plan,
+        save_plan,
+        schema,
+        trace,
+        verify_accumulation,
+        verify_neutrality,
+    )
+    from brim.checks.report import AccumulationReport, NeutralityReport
     from brim.cost.ledger import Estimate
     from brim.errors import BrimError, DoesNotFit
     from brim.exporters.record import Export
@@ -34,6 +44,7 @@ _HOMES = {
     "schema": "brim.api",
     "trace": "brim.api",
     "verify_accumulation": "brim.api",
+    "verify_neutrality": "brim.api",
     "accumulate": "brim.runtime.accumulate",
     "accumulate_contrastive": "brim.runtime.contrastive",
     "exact_accelerate": "brim.runtime.accelerate_loop",
@@ -42,6 +53,7 @@ _HOMES = {
     "unguard": "brim.runtime.guard",
     "ExactAccumulation": "brim.runtime.trainer",
     "AccumulationReport": "brim.checks.report",
+    "NeutralityReport": "brim.checks.report",
     "read_model": "brim.readers.sources",
     "Plan": "brim.planner.record",
     "Estimate": "brim.cost.ledger",
@@ -56,9 +68,9 @@ _HOMES = {
 
 __all__ = [
     "AccumulationReport", "BrimError", "DoesNotFit", "Estimate", "ExactAccumulation", "Export", "LightningExact",
-    "ModelShape", "Plan", "Strategy", "Workload", "__version__", "accumulate", "accumulate_contrastive", "estimate",
-    "exact_accelerate", "export", "guard", "load_plan", "plan", "read_model", "save_plan", "schema", "trace", "unguard",
-    "verify_accumulation",
+    "ModelShape", "NeutralityReport", "Plan", "Strategy", "Workload", "__version__", "accumulate",
+    "accumulate_contrastive", "estimate", "exact_accelerate", "export", "guard", "load_plan", "plan", "read_model",
+    "save_plan", "schema", "trace", "unguard", "verify_accumulation", "verify_neutrality",
 ]  # fmt: skip
 
 

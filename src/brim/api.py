@@ -25,7 +25,7 @@ from brim.tables.read import find_link, find_optimizer, find_task, find_trainer
 
 if TYPE_CHECKING:
     from brim.checks.accumulation import Subject
-    from brim.checks.report import AccumulationReport
+    from brim.checks.report import AccumulationReport, NeutralityReport
     from brim.cost.ledger import Estimate
     from brim.exporters.record import Export
     from brim.probes.inputs import MakeInputs
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "describe_estimate", "describe_estimates", "describe_plan", "estimate", "export", "load_plan", "plan",
-    "save_plan", "schema", "trace", "verify_accumulation",
+    "save_plan", "schema", "trace", "verify_accumulation", "verify_neutrality",
 ]  # fmt: skip
 
 _ANSWERERS = ("rule", "formula", "trace")
@@ -173,14 +173,36 @@ def verify_accumulation(
     return AccumulationReport.read(run_ranks(words, ranks))
 
 
+def verify_neutrality(plan: Plan | str) -> NeutralityReport:
+    """Return the proof that a plan's strategy leaves the gradient as it is, or which knob belongs to the workload.
+
+    Args:
+        plan: a plan, or the file it was saved to; a small copy of its model class is run on this machine's CPU.
+
+    Raises:
+        ProbeFailed: the model cannot be built small, or does not run plainly.
+    """
+    from brim.checks.accumulation import WINDOW
+    from brim.checks.neutrality import verify_neutrality as prove
+    from brim.checks.sequences import collate, make_rows
+    from brim.checks.subjects import build_model
+
+    loaded = load_plan(plan) if isinstance(plan, str) else plan
+    shape, _, config = _read_shape(loaded.workload.model.name, refresh=False, known_only=False)
+    model = build_model(config, shape.architecture)
+    rows = make_rows(type(model).__name__, model.config, WINDOW)
+    return prove(model, rows, collate, loaded.strategy, recipe=loaded.workload.recipe)
+
+
 def _read_subject(
     subject: str | Callable[[], Any], trainer: str | None, sharding: str, *, guarded: bool, full_size: bool
 ) -> Subject:
     """Return what is verified: the user's own trainer, or a small copy of a model under a loop by its name."""
     from brim.checks.ranks import count_ranks
-    from brim.checks.script import is_script, load_factory
+    from brim.checks.script import is_plan, is_script, load_factory
     from brim.checks.subjects import LOOP_OF_TRAINER, build_subject
     from brim.checks.trainers import read_trainer
+    from brim.runtime.forms import find_exact_form
     from brim.runtime.guard import guard
 
     if not isinstance(subject, str) or is_script(subject):
@@ -188,33 +210,14 @@ def _read_subject(
         prepare = guard if guarded else None
         return read_trainer(make, prepare=prepare, num_ranks=count_ranks(), shrink=not full_size)
     loop = trainer
-    if subject.endswith(".json") and not subject.endswith("config.json"):
+    if is_plan(subject):
         plan = load_plan(subject)
         subject, loop = plan.workload.model.name, trainer or LOOP_OF_TRAINER[plan.workload.recipe.engine.name]
     shape, _, config = _read_shape(subject, refresh=False, known_only=False)
-    exactly = _exact_form(loop or "hf") if guarded else None
+    exactly = find_exact_form(loop or "hf") if guarded else None
     return build_subject(
         config, shape.architecture, loop or "hf", exactly=exactly, num_ranks=count_ranks(), sharding=sharding
     )
-
-
-def _exact_form(loop: str) -> Any:
-    """Return what makes a loop exact."""
-    if loop == "plain":
-        from brim.runtime.accumulate import accumulate
-
-        return accumulate
-    if loop == "accelerate":
-        from brim.runtime.accelerate_loop import exact_accelerate
-
-        return exact_accelerate
-    if loop == "lightning":
-        from brim.runtime.lightning import LightningExact
-
-        return LightningExact
-    from brim.runtime.guard import guard
-
-    return guard
 
 
 def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:

@@ -1,11 +1,11 @@
-"""What a proof of accumulation says."""
+"""What the proofs say: of accumulation, and of a strategy's neutrality."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 SMALL = "a small copy of the model class, dropout off"
 FULL = "the trainer's own model, dropout off"
@@ -85,6 +85,58 @@ class AccumulationReport:
     def describe(self) -> dict[str, Any]:
         """Return the report as JSON-able values, `exact` among them."""
         return {"exact": self.exact, **asdict(self)}
+
+
+Verdict = Literal["neutral", "belongs to the workload", "not checked"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnobResult:
+    """One knob of a strategy, turned."""
+
+    knob: str
+    """Field of the strategy, `sharding`, or `together` for all that are neutral alone."""
+    value: str
+    """What it is turned to."""
+    verdict: Verdict
+    """`neutral`; `belongs to the workload`, since it changes the training result; or `not checked`."""
+    error: float | None = None
+    """Norm of the difference to the plain run over the norm of the plain run; None if not checked."""
+    norm_ratio: float | None = None
+    """Norm over the plain run's."""
+    cosine: float | None = None
+    """Cosine of the angle to the plain run's."""
+    reason: str = ""
+    """Why it was not checked or what is wrong, or what ran in its place."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NeutralityReport:
+    """Whether the knobs of a strategy leave the training result as it is."""
+
+    subject: str
+    """Model class."""
+    precision: str
+    """`fp32`."""
+    knobs: tuple[KnobResult, ...]
+    """Each knob that is turned, then all together."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Packages that ran."""
+
+    @property
+    def neutral(self) -> bool:
+        """Whether no knob that could be checked changes the result."""
+        return all(knob.verdict != "belongs to the workload" for knob in self.knobs)
+
+    @classmethod
+    def read(cls, document: Mapping[str, Any]) -> NeutralityReport:
+        """Return the report that `describe` wrote."""
+        values = {key: value for key, value in document.items() if key != "neutral"}
+        return cls(knobs=tuple(KnobResult(**knob) for knob in values.pop("knobs")), **values)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the report as JSON-able values, `neutral` among them."""
+        return {"neutral": self.neutral, **asdict(self)}
 
 
 def is_exact(error: float, norm_ratio: float, cosine: float, precision: str) -> bool:

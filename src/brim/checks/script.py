@@ -43,3 +43,8 @@ def load_factory(text: str) -> Callable[[], Any]:
         known = [word for word in vars(module) if callable(getattr(module, word)) and not word.startswith("_")]
         raise UnknownName(kind=f"function in {path}", name=name, known=known)
     return factory
+
+
+def is_plan(subject: object) -> bool:
+    """Return whether a subject names a saved plan, not a model's config."""
+    return isinstance(subject, str) and subject.endswith(".json") and not subject.endswith("config.json")

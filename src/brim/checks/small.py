@@ -60,7 +60,7 @@ def shrink_config(config: Mapping[str, Any], vocabulary: int | None = None) -> d
         if key in _NESTED and isinstance(value, Mapping):
             small[key] = shrink_config(value, vocabulary)
         elif vocabulary is not None and _is_number(value) and _is_token(key):
-            small[key] = vocabulary if key.endswith("vocab_size") else min(int(value), vocabulary - 1)
+            small[key] = vocabulary if "vocab_size" in key else min(int(value), vocabulary - 1)
         elif _is_number(value) and any(word in key for word in _DROPOUTS):
             small[key] = 0.0
         elif _is_number(value) and key in _WIDTHS:
@@ -69,6 +69,8 @@ def shrink_config(config: Mapping[str, Any], vocabulary: int | None = None) -> d
             small[key] = [min(one, _WIDTHS.get(key, one)) if _is_number(one) else one for one in value[:2]]
         elif isinstance(value, (list, tuple)) and key in _STAGES:
             small[key] = _fill_stages(value, _STAGES[key])
+        elif key == "per_layer_config" and isinstance(value, Mapping):
+            small[key] = {layer: one for layer, one in value.items() if int(layer) < _SHALLOW}
     _fit_stages(config, small)
     _fit_states(small)
     return _fit_heads(config, small, vocabulary)
@@ -122,18 +124,29 @@ def _fit_heads(config: Mapping[str, Any], small: dict[str, Any], vocabulary: int
         small["decoder_start_token_id"] = small.get("pad_token_id") or 0
     if vocabulary is not None and "vocab_size" in small and small.get("pad_token_id") is None:
         small["pad_token_id"] = 0
+    if _is_number(small.get("max_position_embeddings")):
+        small["max_position_embeddings"] = max(min(int(small["max_position_embeddings"]), 512), 128)
     for key in ("rope_parameters", "rope_scaling"):
+        _fit_stretch(small, key)
         if isinstance(small.get(key), dict) and small[key].get("mrope_section"):
             half = small.get("head_dim") or small.get("hidden_size", 32) // small.get("num_attention_heads", 4)
             small[key] = {**small[key], "mrope_section": [half // 2 - 2, 1, 1]}
-    if _is_number(small.get("max_position_embeddings")):
-        small["max_position_embeddings"] = max(min(int(small["max_position_embeddings"]), 512), 128)
+    if config.get("expand") and {"num_heads", "head_dim"} <= small.keys():  # Mamba-2: heads divide the widened layer
+        small["num_heads"] = int(small["hidden_size"] * config["expand"]) // small["head_dim"]
     return small
+
+
+def _fit_stretch(small: dict[str, Any], key: str) -> None:
+    """Let positions stay stretched by the same factor: shorter before, as they are shorter now."""
+    rope, now = small.get(key), small.get("max_position_embeddings")
+    stretched = isinstance(rope, dict) and rope.get("original_max_position_embeddings")
+    if stretched and now and _is_number(rope.get("factor")):
+        small[key] = {**rope, "original_max_position_embeddings": max(int(now / rope["factor"]), 1)}
 
 
 def _is_token(key: str) -> bool:
     """Return whether a key of a config counts tokens or names one."""
-    return key.endswith(("vocab_size", "token_id", "token_index", "token_ids"))
+    return key.endswith(("vocab_size", "vocab_size_per_layer_input", "token_id", "token_index", "token_ids"))
 
 
 def _is_number(value: object) -> bool:

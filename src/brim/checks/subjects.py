@@ -66,7 +66,8 @@ def build_model(config: Mapping[str, Any], architecture: str) -> nn.Module:
     """Return a small model of a class of the installed transformers."""
     import transformers
 
-    architecture = _with_head(architecture, str(config.get("model_type", "")))
+    pair = bool(config.get("is_encoder_decoder"))
+    architecture = _with_head(architecture, str(config.get("model_type", "")), pair=pair)
     kind = getattr(transformers, architecture, None)
     if kind is None or getattr(kind, "config_class", None) is None:
         raise ProbeFailed(f"transformers {transformers.__version__} has no {architecture} that can be built here")
@@ -75,13 +76,13 @@ def build_model(config: Mapping[str, Any], architecture: str) -> nn.Module:
     return model
 
 
-def _with_head(architecture: str, model_type: str) -> str:
+def _with_head(architecture: str, model_type: str, *, pair: bool) -> str:
     """Return the class itself, or for one without a head the one that its type is pretrained with."""
     if "For" in architecture or "LMHead" in architecture:
         return architecture
     from transformers.models.auto import modeling_auto
 
-    tables = ("MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "CAUSAL_LM")
+    tables = ("SEQ_TO_SEQ_CAUSAL_LM",) if pair else ("MASKED_LM", "CAUSAL_LM")  # Bart's decoder has a causal head too
     names = (getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES").get(model_type) for table in tables)
     return next((name for name in names if name), architecture)
 

@@ -1,18 +1,12 @@
-"""`brim verify`: does accumulating micro-batches train as the big batch does, and if not, why?"""
+"""`brim verify`: do micro-batches train as the big batch does, and does a plan's strategy change nothing?"""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import typer
 
 from brim.cli.options import AS_JSON
-from brim.cli.output import print_json, print_remark, print_report
+from brim.cli.proofs import print_proofs
 from brim.errors import InvalidInput, NotExact, quoted
-from brim.exporters.files import write_text
-
-if TYPE_CHECKING:
-    from brim.checks.report import AccumulationReport
 
 _SUBJECT = typer.Argument(
     ..., metavar="MODEL", show_default=False, help="A model as for `brim plan`, a plan.json, or train.py:make_trainer."
@@ -37,16 +31,19 @@ def run_verify(
 ) -> None:
     """Prove that micro-batches add up to the big batch's gradient on your stack, or name what is wrong.
 
-    A small copy of the model class is trained on the CPU with the real loop. Exit code 4 if it is not exact.
+    A small copy of the model class is trained on the CPU with the real loop. Of a plan.json it is also proved that its
+    strategy (checkpointing, kernels, padding-free, sharding) changes no gradient. Exit code 4 if a proof fails.
 
     \b
     Examples:
       brim verify google-t5/t5-base --trainer hf
       brim verify google-t5/t5-base --trainer hf --guarded
       brim verify train.py:make_trainer --ranks 2
+      brim verify plan.json
     """
     from brim import api
     from brim.checks.ranks import leave_report
+    from brim.checks.script import is_plan
 
     if not ranks.isdecimal():
         raise InvalidInput(f"--ranks must be 1, 2, 4 or 8, not {quoted(ranks)}")
@@ -55,18 +52,7 @@ def run_verify(
     )
     if leave_report(report.describe()):
         return
-    _show(report, html, as_json=as_json)
-    if not report.exact:
+    neutrality = api.verify_neutrality(subject) if is_plan(subject) else None
+    print_proofs(report, neutrality, html, as_json=as_json)
+    if not report.exact or (neutrality is not None and not neutrality.neutral):
         raise typer.Exit(NotExact.exit_code)
-
-
-def _show(report: AccumulationReport, html: str | None, *, as_json: bool) -> None:
-    from brim.report.exactness import draw_errors, format_accumulation
-
-    if html is not None:
-        write_text(html, draw_errors(report))
-        print_remark(f"wrote {html}")
-    if as_json:
-        print_json(report.describe())
-    else:
-        print_report(format_accumulation(report))
