@@ -114,3 +114,13 @@ def test_padding_is_named_unless_packed() -> None:
 
 def test_a_good_job_warns_of_padding_only() -> None:
     assert list(warnings(dataset_size=32_000)) == ["padding"]
+
+
+def test_accumulation_is_warned_of_where_it_was_measured_to_be_off() -> None:
+    found = warnings(model="t5-small", trainer="transformers", micro_batch_size=4)
+    assert "not divided by the accumulation steps" in found["accumulation_not_exact"]
+    assert "brim.guard" in found["accumulation_not_exact"]
+    assert "accumulation_not_exact" not in warnings(trainer="transformers", micro_batch_size=4)  # Llama
+    assert "accumulation_not_exact" not in warnings(model="t5-small", trainer="accelerate", micro_batch_size=4)
+    routed = warnings(model="mistralai/Mixtral-8x7B-v0.1", trainer="transformers", micro_batch_size=4)
+    assert "MixtralForCausalLM with router losses on" in routed["accumulation_not_exact"]

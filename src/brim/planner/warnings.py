@@ -13,6 +13,7 @@ from brim.planner.record import PlanWarning, Schedule
 from brim.planner.rules import BF16_CAPABILITY, overflows_fp16
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
+from brim.tables.exactness import find_exactness
 from brim.tables.read import find_optimizer
 from brim.units import format_size
 
@@ -149,6 +150,27 @@ def _experts_unquantised(facts: _Facts) -> Iterator[PlanWarning]:
         )
 
 
+_MEASURED_LOOPS = {"transformers": "hf", "trl": "sft", "unsloth": "sft"}
+"""Loop of the exactness table by trainer; scripts that brim writes for Accelerate count for themselves."""
+
+
+def _accumulation(facts: _Facts) -> Iterator[PlanWarning]:
+    """Warn where the trainer's own accumulation was measured not to be the big batch."""
+    trainer, architecture = facts.workload.recipe.engine.name, facts.workload.model.architecture
+    loop = _MEASURED_LOOPS.get(trainer)
+    if loop is None or facts.strategy.gradient_accumulation_steps == 1:
+        return
+    row = find_exactness(architecture, loop)
+    if row is not None and not row.exact:
+        routed = " with router losses on" if all(told.startswith("auxiliary") for told in row.told) else ""
+        yield PlanWarning(
+            code="accumulation_not_exact",
+            text=f"accumulating, {trainer} does not train {architecture}{routed} as the big batch would "
+            f"(transformers {row.transformers}): {row.told[0]}; trainer = brim.guard(trainer) makes it exact, "
+            "brim verify shows it",
+        )
+
+
 def _loss_scaling(facts: _Facts) -> Iterator[PlanWarning]:
     workload = facts.workload
     capability = workload.cluster.device.compute_capability
@@ -205,6 +227,7 @@ def _packed_steps(facts: _Facts) -> Iterator[PlanWarning]:
 
 
 _WARNINGS: tuple[Callable[[_Facts], Iterator[PlanWarning]], ...] = (
-    _rule_of_thumb, _batch_range, _rounded_tokens, _few_steps, _positions, _fragmentation, _pure_bf16, _optimizer_state,
-    _experts_unquantised, _loss_scaling, _fp16_overflow, _bitsandbytes_on_amd, _padding, _packed_steps,
+    _rule_of_thumb, _accumulation, _batch_range, _rounded_tokens, _few_steps, _positions, _fragmentation,
+    _pure_bf16, _optimizer_state, _experts_unquantised, _loss_scaling, _fp16_overflow, _bitsandbytes_on_amd,
+    _padding, _packed_steps,
 )  # fmt: skip
