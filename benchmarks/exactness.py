@@ -36,6 +36,7 @@ from report_exactness import write_page
 
 TABLE = Path(brim.__file__).parent / "tables" / "exactness.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "exactness.md"
+RANKS = Path(__file__).parent / "results" / "exactness_ranks.jsonl"
 _SECONDS = 90
 _PADDED = 1e-5
 """Difference of a padded batch to its sequences alone above which a class is measured with sequences of one length."""
@@ -208,7 +209,8 @@ def main() -> None:
         rows[find_key(row)] = row
         write_rows(TABLE, rows)
         print(f"[{number}/{len(missing)}] {_tell(row, time.monotonic() - started)}", flush=True)
-    PAGE.write_text(write_page(list(read_rows(TABLE).values())), encoding="utf-8")
+    ranks = [json.loads(line) for line in RANKS.read_text(encoding="utf-8").splitlines()] if RANKS.exists() else []
+    PAGE.write_text(write_page(list(read_rows(TABLE).values()), ranks), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -27,13 +27,13 @@ _CAUSES = {
 }
 
 
-def write_page(rows: Sequence[Row]) -> str:
-    """Return the page as Markdown: newest release in full, then older ones."""
+def write_page(rows: Sequence[Row], ranks: Sequence[Row] = ()) -> str:
+    """Return the page as Markdown: newest release in full, then ranks, then older releases."""
     newest = max((row["transformers"] for row in rows), key=_number, default="")
     now = [row for row in rows if row["transformers"] == newest]
     old = [row for row in rows if row["transformers"] != newest]
     parts = [_intro(now, newest), _summary(now), _causes(now), *_groups(now), _refused(now), _padded(now)]
-    parts += [_auxiliary(now), _failed(now), _older(old), _method()]
+    parts += [_ranks(ranks), _auxiliary(now), _failed(now), _older(old), _method()]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -155,6 +155,28 @@ def _padded(rows: Sequence[Row]) -> str:
         "| class | padded batch against single sequences |", "|---|---|",
     ]  # fmt: skip
     return "\n".join([*lines, *[f"| {name} | {error:.2g} |" for name, error in found.items()]]) if found else ""
+
+
+def _ranks(rows: Sequence[Row]) -> str:
+    """Return what several ranks gave, and by name what was not exact there."""
+    if not rows:
+        return ""
+    lines = ["| ranks | sharding | classes | exact | refused | wrong | worst error |", "|---|---|---|---|---|---|---|"]
+    for ranks, sharding in sorted({(row["ranks"], row["sharding"]) for row in rows}):
+        found = [row for row in rows if (row["ranks"], row["sharding"]) == (ranks, sharding)]
+        exact = [row for row in found if row.get("exact")]
+        refused = sum("refused" in row for row in found)
+        worst = max((row["error"] for row in exact), default=0.0)
+        counts = f"{len(found)} | {len(exact)} | {refused} | {len(found) - len(exact) - refused}"
+        lines.append(f"| {ranks} | {sharding} | {counts} | {worst:.0e} |")
+    reasons = {row["class"]: row.get("refused") or row.get("failed") or row["causes"] for row in rows
+               if not row.get("exact")}  # fmt: skip
+    named = "\n".join(f"- {name}: {reason}" for name, reason in reasons.items())
+    return (
+        "## On several ranks\n\n`python benchmarks/exactness_ranks.py`: the same classes in a plain loop with "
+        "`brim.accumulate`, over gloo, each rank with its share of the window.\n\n" + "\n".join(lines)
+        + f"\n\n{named}"
+    )  # fmt: skip
 
 
 def _auxiliary(rows: Sequence[Row]) -> str:

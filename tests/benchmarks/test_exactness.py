@@ -13,6 +13,10 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TABLE = Path(brim.__file__).parent / "tables" / "exactness.jsonl"
 ROWS: list[dict[str, Any]] = [json.loads(line) for line in TABLE.read_text(encoding="utf-8").splitlines()]
 NEWEST = max(ROWS, key=lambda row: tuple(map(int, row["transformers"].split("."))))["transformers"]
+RANKS = [
+    json.loads(line)
+    for line in (BENCHMARKS / "results" / "exactness_ranks.jsonl").read_text(encoding="utf-8").splitlines()
+]
 LIMIT = 1e-5
 
 
@@ -54,4 +58,9 @@ def test_the_page_is_that_of_the_table() -> None:
     finally:
         sys.path.remove(str(BENCHMARKS))
     page = BENCHMARKS.parent / "docs" / "exactness.md"
-    assert page.read_text(encoding="utf-8") == write_page(ROWS)
+    assert page.read_text(encoding="utf-8") == write_page(ROWS, RANKS)
+
+
+def test_on_several_ranks_every_class_is_exact_or_refused() -> None:
+    assert {(row["ranks"], row["sharding"]) for row in RANKS} == {(n, kind) for n in (2, 4) for kind in ("ddp", "fsdp2")}
+    assert [row for row in RANKS if not (row.get("refused") or (row.get("exact") and row["error"] <= LIMIT))] == []
