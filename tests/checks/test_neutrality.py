@@ -70,7 +70,8 @@ def test_encoders_are_neutral_and_not_joined(architecture: str, checkpointing: A
     asked = turn(activation_checkpointing=checkpointing, attention_kernel=kernel, padding_free=True)
     report = verify(architecture, asked)
     assert report.neutral
-    assert rows_of(report)["activation_checkpointing", checkpointing].verdict == "neutral", rows_of(report)["activation_checkpointing", checkpointing].reason
+    row = rows_of(report)["activation_checkpointing", checkpointing]
+    assert row.verdict == "neutral", row.reason
     joined = rows_of(report)["padding_free", "yes"]
     assert (joined.verdict, joined.error) == ("not checked", None)
     assert "cannot be concatenated" in joined.reason
@@ -95,7 +96,8 @@ def test_joined_sequences_leak_where_no_mask_is_made_of_positions() -> None:
 
 def test_reentrant_checkpointing_loses_the_router_loss() -> None:
     rows = rows_of(verify("MixtralForCausalLM", turn(activation_checkpointing="full")))
-    assert rows["activation_checkpointing", "full"].verdict == "neutral", rows["activation_checkpointing", "full"].reason
+    row = rows["activation_checkpointing", "full"]
+    assert row.verdict == "neutral", row.reason
     assert rows["activation_checkpointing", "full, reentrant"].verdict == "belongs to the workload"
     assert rows[TOGETHER, ""].verdict == "neutral", rows[TOGETHER, ""].reason
 
