@@ -70,7 +70,8 @@ def test_encoders_are_neutral_and_not_joined(architecture: str, checkpointing: A
     asked = turn(activation_checkpointing=checkpointing, attention_kernel=kernel, padding_free=True)
     report = verify(architecture, asked)
     assert report.neutral
-    assert rows_of(report)["activation_checkpointing", checkpointing].verdict == "neutral"
+    row = rows_of(report)["activation_checkpointing", checkpointing]
+    assert row.verdict == "neutral", row.reason
     joined = rows_of(report)["padding_free", "yes"]
     assert (joined.verdict, joined.error) == ("not checked", None)
     assert "cannot be concatenated" in joined.reason
@@ -89,15 +90,16 @@ def test_joined_sequences_leak_where_no_mask_is_made_of_positions() -> None:
     leaking = rows_of(verify("OPTForCausalLM", turn(padding_free=True)))
     told = rows_of(verify("OPTForCausalLM", turn(padding_free=True, attention_kernel="flash")))
     assert leaking["padding_free", "yes"].verdict == "belongs to the workload"
-    assert told["padding_free", "yes"].verdict == "neutral"
+    assert told["padding_free", "yes"].verdict == "neutral", told["padding_free", "yes"].reason
     assert told["attention_kernel", "flash"].verdict == "not checked"
 
 
 def test_reentrant_checkpointing_loses_the_router_loss() -> None:
     rows = rows_of(verify("MixtralForCausalLM", turn(activation_checkpointing="full")))
-    assert rows["activation_checkpointing", "full"].verdict == "neutral"
+    row = rows["activation_checkpointing", "full"]
+    assert row.verdict == "neutral", row.reason
     assert rows["activation_checkpointing", "full, reentrant"].verdict == "belongs to the workload"
-    assert rows[TOGETHER, ""].verdict == "neutral"  # of the forms that are neutral alone
+    assert rows[TOGETHER, ""].verdict == "neutral", rows[TOGETHER, ""].reason
 
 
 def test_what_needs_a_gpu_is_not_checked() -> None:
@@ -165,9 +167,9 @@ def test_a_knob_that_does_not_run_is_not_checked() -> None:
 def test_two_ranks_are_neutral() -> None:
     asked = turn(activation_checkpointing="full", zero_stage=3, mesh=Mesh(dp_shard=8), optimizer_kernel="loop")
     rows = rows_of(verify("MixtralForCausalLM", asked))  # its router loss shows whether layers hand all out
-    assert rows["sharding", "zero 3"].verdict == "neutral"
+    assert rows["sharding", "zero 3"].verdict == "neutral", rows["sharding", "zero 3"].reason
     assert "2 gloo ranks, not 8" in rows["sharding", "zero 3"].reason
-    assert rows[TOGETHER, ""].verdict == "neutral"
+    assert rows[TOGETHER, ""].verdict == "neutral", rows[TOGETHER, ""].reason
 
 
 def test_too_few_sequences_and_a_model_without_loss_are_refused() -> None:
