@@ -62,5 +62,6 @@ def test_the_page_is_that_of_the_table() -> None:
 
 
 def test_on_several_ranks_every_class_is_exact_or_refused() -> None:
-    assert {(row["ranks"], row["sharding"]) for row in RANKS} == {(n, kind) for n in (2, 4) for kind in ("ddp", "fsdp2")}
+    wanted = {(number, kind) for number in (2, 4) for kind in ("ddp", "fsdp2")}
+    assert {(row["ranks"], row["sharding"]) for row in RANKS} == wanted
     assert [row for row in RANKS if not (row.get("refused") or (row.get("exact") and row["error"] <= LIMIT))] == []
