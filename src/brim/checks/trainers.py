@@ -18,10 +18,10 @@ from brim.checks.report import FULL, SMALL
 from brim.checks.silence import silenced
 from brim.checks.small import copy_model, quiet, shrink_model
 from brim.errors import InvalidInput
+from brim.losses.form import list_coefficients
 
 _PACKAGES = ("torch", "transformers", "accelerate", "trl", "peft", "lightning")
 _NEVER_CLIPS = 1e30
-_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef", "aux_loss_alpha")
 FIX = "trainer = brim.guard(trainer)"
 
 
@@ -56,7 +56,7 @@ def read_trainer(
     return Subject(
         name=f"{_name_model(model)} under {type(first).__name__}", model=model, rows=rows, collate=collate,
         loss_of=lambda module, inputs: _plain_loss(first, module, inputs), run=run, fix=FIX, num_ranks=num_ranks,
-        coefficients=tuple(list_coefficients(first)), versions=list_versions(),
+        coefficients=tuple(list_coefficients(first, getattr(first.model, "config", None))), versions=list_versions(),
         precision="fp32" if shrink else _precision(first), size=SMALL if shrink else FULL,
     )  # fmt: skip
 
@@ -82,13 +82,6 @@ def pick_rows(dataset: Any, num_ranks: int) -> list[Any]:
     places = [order[round(step * (len(order) - 1) / (wanted - 1))] for step in range(wanted)]
     places = [places[(5 * step) % wanted] for step in range(wanted)] if wanted % 5 else places
     return [rows[place] for place in places]
-
-
-def list_coefficients(trainer: Any) -> list[float]:
-    """Return the coefficients of auxiliary losses that a trainer and its model's config declare."""
-    config = getattr(trainer.model, "config", None)
-    found = [getattr(place, name, None) for place in (trainer, config) for name in _COEFFICIENTS]
-    return [float(value) for value in found if isinstance(value, (int, float)) and value]
 
 
 def list_versions() -> tuple[tuple[str, str], ...]:
