@@ -15,8 +15,8 @@ LAYERS = (
     ("readers", "probes", "exporters", "runtime", "checks", "history"),
     ("planner",), ("losses", "cost"), ("tables",), ("spec",), ("units",), ("errors",),
 )  # fmt: skip
-# `Plan._repr_html_` asks the report on first display; the package itself hands out names lazily.
-EXCEPTIONS = {("brim.planner.record", "brim.report.html")}
+# `_repr_html_` asks the report on first display; the package itself hands out names lazily.
+EXCEPTIONS = {("brim.planner.record", "brim.report.html"), ("brim.checks.report", "brim.report.exactness")}
 
 
 def name_module(path: Path) -> str:

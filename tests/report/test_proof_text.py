@@ -61,3 +61,11 @@ def test_the_drawing_is_whole_and_escaped() -> None:
     assert bars == sorted(bars)
     assert bars[0] == 1.0
     assert "&lt;under&gt;" in drawn
+
+
+def test_a_notebook_shows_the_same() -> None:
+    shown = report(split(8, 1e-7), split(1, 7.0, "not divided (gradient x 8)"))._repr_html_()
+    root = ElementTree.fromstring(shown)
+    assert "Not exact: T5 <under> Trainer" in "".join(root.itertext())
+    assert len(root.findall(".//td")) == 14
+    assert "fix: trainer = brim.guard(trainer)" in "".join(root.itertext())

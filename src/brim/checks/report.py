@@ -75,6 +75,12 @@ class AccumulationReport:
         """The split that is furthest from the truth."""
         return max(self.splits, key=lambda split: split.error)
 
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: verdict, drawing and table of the error by split."""
+        from brim.report.exactness import format_accumulation_html
+
+        return format_accumulation_html(self)
+
     @classmethod
     def read(cls, document: Mapping[str, Any]) -> AccumulationReport:
         """Return the report that `describe` wrote."""

@@ -89,6 +89,23 @@ def _list_remarks(report: AccumulationReport) -> list[str]:
     return remarks
 
 
+def format_accumulation_html(report: AccumulationReport) -> str:
+    """Return the proof as a self-contained HTML fragment for notebooks: verdict, causes, drawing, table."""
+    heads = ("micro-batch", "accumulation", "ranks", "step", "error", "norm", "cause")
+    rows = [
+        (s.micro_batch_size, s.gradient_accumulation_steps, s.num_ranks, s.window, f"{s.error:.1e}",
+         f"{s.norm_ratio:.4g}", s.cause or "-")
+        for s in report.splits
+    ]  # fmt: skip
+    body = "".join("<tr>" + "".join(f"<td>{escape(str(one))}</td>" for one in row) + "</tr>" for row in rows)
+    lines = [*report.causes, *([f"fix: {report.fix}"] if report.fix else []), *_list_remarks(report)]
+    return (
+        f"<div><p><b>{escape(_format_verdict(report).plain)}</b></p>{draw_errors(report)}"
+        f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{body}</table>"
+        f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul></div>"
+    )
+
+
 def draw_errors(report: AccumulationReport) -> str:
     """Return an SVG: the error of every split on a logarithmic scale, with the limit as a line."""
     height = _ROW * len(report.splits) + 30
