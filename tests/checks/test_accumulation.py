@@ -18,6 +18,7 @@ from brim.checks import diagnose
 from brim.checks.accumulation import Split, list_splits, verify_accumulation
 from brim.checks.report import AccumulationReport, is_exact, without_numbers
 from brim.checks.subjects import build_model, build_subject
+from brim.checks.trainers import name_fix
 from brim.errors import InvalidInput, ProbeFailed, UnknownName
 from brim.runtime.accelerate_loop import exact_accelerate
 from brim.runtime.accumulate import accumulate
@@ -77,6 +78,11 @@ def test_a_report_survives_its_document() -> None:
     document = report.describe()
     assert document["exact"] is False
     assert AccumulationReport.read(document) == report
+
+
+def test_the_fix_is_one_that_the_release_allows() -> None:
+    assert name_fix("5.24.0") == name_fix("4.46.0") == "trainer = brim.guard(trainer)"
+    assert name_fix("4.45.2").startswith("transformers 4.45.2 cannot be guarded: with 4.46 or later")
 
 
 def test_splits_of_a_window() -> None:

@@ -23,6 +23,7 @@ from brim.losses.form import list_coefficients
 _PACKAGES = ("torch", "transformers", "accelerate", "trl", "peft", "lightning")
 _NEVER_CLIPS = 1e30
 FIX = "trainer = brim.guard(trainer)"
+_OLDEST_GUARDED = (4, 46)
 
 
 def read_trainer(
@@ -55,8 +56,9 @@ def read_trainer(
 
     return Subject(
         name=f"{_name_model(model)} under {type(first).__name__}", model=model, rows=rows, collate=collate,
-        loss_of=lambda module, inputs: _plain_loss(first, module, inputs), run=run, fix=FIX, num_ranks=num_ranks,
-        coefficients=tuple(list_coefficients(first, getattr(first.model, "config", None))), versions=list_versions(),
+        loss_of=lambda module, inputs: _plain_loss(first, module, inputs), run=run,
+        fix=name_fix(version("transformers")), num_ranks=num_ranks, versions=list_versions(),
+        coefficients=tuple(list_coefficients(first, getattr(first.model, "config", None))),
         precision="fp32" if shrink else _precision(first), size=SMALL if shrink else FULL,
     )  # fmt: skip
 
@@ -65,6 +67,12 @@ def _precision(trainer: Any) -> str:
     """Return whether gradients are as sharp as fp32 or as coarse as bf16."""
     short = {torch.bfloat16, torch.float16} & {parameter.dtype for parameter in trainer.model.parameters()}
     return "bf16" if short or trainer.args.bf16 or trainer.args.fp16 else "fp32"
+
+
+def name_fix(release: str) -> str:
+    """Return the line that makes a trainer of some release of transformers exact; old ones leave no place for it."""
+    old = tuple(int(part) for part in release.split(".")[:2]) < _OLDEST_GUARDED
+    return f"transformers {release} cannot be guarded: with 4.46 or later, {FIX}" if old else FIX
 
 
 def pick_rows(dataset: Any, num_ranks: int) -> list[Any]:
