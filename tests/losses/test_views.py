@@ -33,7 +33,7 @@ def test_every_rule_counts_another_number_in_some_variant(drawn: tuple[int, int,
 def test_labels_are_split_without_overlap(drawn: tuple[int, int, int, int]) -> None:
     parts = split_labels(make_batch(*drawn))
     assert parts is not None
-    whole, first, second = (part["labels"].ne(-100) for part in parts)
+    whole, first, second = (part["labels"].ne(-100) for part in parts.batches)
     assert torch.equal(whole, first | second) and not (first & second).any()
     assert first.any() and second.any() and first[:, 0].any() and not second[:, 0].any()
 
@@ -49,12 +49,13 @@ def test_rows_are_cut_alone_and_in_stacked_pairs(rows: int) -> None:
     batch = {"input_ids": torch.arange(rows)[:, None], "name": "x", "table": torch.ones(100, 2)}
     trials = list(split_rows(batch))
     for parts in trials:
-        seen = [part["input_ids"].flatten().tolist() for part in parts]
+        seen = [part["input_ids"].flatten().tolist() for part in parts.batches]
         assert sorted(seen[1] + seen[2]) == seen[0] == list(range(rows))
         assert int(ROWS.count(parts.first)) + int(ROWS.count(parts.second)) == rows
         assert parts.first["table"].shape == (100, 2) and parts.first["name"] == "x"
     if rows % 2 == 0 and rows > 2:
         half = rows // 2
-        assert {row % half for row in trials[1].first["input_ids"].flatten().tolist()}.isdisjoint(
-            row % half for row in trials[1].second["input_ids"].flatten().tolist()
+        stacked = next(parts for parts in trials if parts.layout == "rows in 2")
+        assert {row % half for row in stacked.first["input_ids"].flatten().tolist()}.isdisjoint(
+            row % half for row in stacked.second["input_ids"].flatten().tolist()
         )

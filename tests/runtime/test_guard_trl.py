@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForSequenceClassification, Qwen3MoeConfig
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 import brim
 from brim.checks.gradients import CaptureOptimizer
@@ -116,3 +116,19 @@ def test_measuring_leaves_the_metrics_alone(tmp_path: Path) -> None:
 def test_a_sum_of_means_over_pairs_and_tokens_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InseparableLoss, match="keep the micro-batch at the whole batch"):
         brim.guard(make_trainer("dpo", 2, tmp_path, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 1.0])).train()
+
+
+def test_a_baseline_over_the_micro_batch_is_refused(tmp_path: Path) -> None:
+    """KTO's KL is estimated in each micro-batch and cut off at 0, where it cannot be seen."""
+    rows = make_rows("completion").map(lambda row, index: {"label": bool(index % 2)}, with_indices=True)
+    model = build_model(LlamaConfig().to_dict(), "LlamaForCausalLM")
+    arguments = KTOConfig(
+        str(tmp_path), per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=1, report_to=[],
+        use_cpu=True, bf16=False, gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = KTOTrainer(
+        model=model, ref_model=copy.deepcopy(model), args=arguments, train_dataset=rows,
+        processing_class=make_tokenizer(),
+    )  # fmt: skip
+    with pytest.raises(InseparableLoss, match="a KL baseline"):
+        brim.guard(trainer).train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,8 @@ from brim.losses.rules import ROWS, CountingRule, count_rows, list_masks, list_r
 from brim.losses.views import Inputs, Parts, repeat_row, split_labels, split_rows, vary_labels
 from brim.losses.watch import PRECISE, LossOf, LossWatch, Seen, stirred
 
+_STIRS = (3.0, 1 / 3)
+"""Ways to stir a model: a baseline that is cut off at 0 (KTO's KL) is 0 in one of them, and hides there."""
 _ADVICE = (
     "in-batch negatives: brim.accumulate_contrastive; a KL baseline, batch statistics or a sum of means over different "
     "things: keep the micro-batch at the whole batch"
@@ -157,7 +160,7 @@ def _from_labels(watch: LossWatch, batch: Inputs, precise: float, outer: Auxilia
     parts = split_labels(batch)
     if parts is None:
         return None
-    seen = [watch.see(part) for part in parts]
+    seen = [watch.see(part) for part in parts.batches]
     if abs(seen[1].loss - seen[2].loss) <= 10 * PRECISE * abs(seen[0].loss):
         return None  # the labels make no difference, and every rule would do
     forms = [LossForm(rule=rule, auxiliary=outer) for rule in list_rules(parts.whole) if rule != ROWS]
@@ -168,29 +171,45 @@ def _from_labels(watch: LossWatch, batch: Inputs, precise: float, outer: Auxilia
 def _from_parts(watch: LossWatch, trials: Sequence[Parts], precise: float, outer: Auxiliary) -> LossForm:
     """Return the rule under which the parts of a batch give the whole, and no other rule does.
 
-    The smallest trained tensors are stirred meanwhile: at its start a preference run has the same loss for every pair,
-    and every count would explain that.
+    The smallest trained tensors are stirred meanwhile, in two ways: at its start a preference run has the same loss for
+    every pair, and every count would explain that.
     """
     if not trials:
         raise InseparableLoss(
             reason="one row is not enough to see what the loss averages over",
             advice="give a dataset that can be indexed, or two sequences in the first micro-batch",
         )
-    told_apart = False
-    with stirred(watch.model):
-        for parts in trials:
-            seen = watch.see_parts(parts)
-            if seen is None:
-                continue
-            fitting, informative = _fitting_forms(_list_forms(parts, outer), parts, seen, precise)
-            told_apart |= informative
-            if informative and fitting:
-                return fitting[0]
+    surer, less_sure = (_fit_stirred(watch, trials, precise, outer, factor) for factor in _STIRS)
+    if surer[0] is not None and surer[0] == less_sure[0]:
+        return surer[0]
+    told_apart = surer[1] or less_sure[1]
     raise InseparableLoss(
         reason="no count makes the loss of a batch the weighted mean of its parts' losses"
         if told_apart else "its parts are too alike to tell what it averages over",
         advice=_ADVICE,
     )  # fmt: skip
+
+
+def _fit_stirred(
+    watch: LossWatch, trials: Sequence[Parts], precise: float, outer: Auxiliary, factor: float
+) -> tuple[LossForm | None, bool]:
+    """Return the form that alone explains a batch by its parts, and whether any trial could tell forms apart."""
+    told_apart = False
+    with stirred(watch.model, factor):
+        for _, cuts in groupby(trials, key=lambda parts: parts.layout):
+            common: list[LossForm] | None = None
+            informative = False
+            for parts in cuts:
+                seen = watch.see_parts(parts)
+                if seen is None:
+                    break
+                fitting, telling = _fitting_forms(_list_forms(parts, outer), parts, seen, precise)
+                common = [form for form in fitting if common is None or form in common]
+                informative |= telling
+            told_apart |= informative
+            if informative and common:
+                return common[0], True
+    return None, told_apart
 
 
 def _list_forms(parts: Parts, outer: Auxiliary) -> list[LossForm]:
@@ -221,7 +240,7 @@ def _fitting_forms(
 
 def _share(form: LossForm, parts: Parts) -> float:
     """Return the weight of the first part: forms that weigh alike are the same to a trial."""
-    counts = [int(form.rule.count(part)) for part in parts[1:]]
+    counts = [int(form.rule.count(part)) for part in parts.batches[1:]]
     return -1.0 if form.reduction == "sum" else counts[0] / max(sum(counts), 1)
 
 
@@ -230,7 +249,7 @@ def _distance(form: LossForm, parts: Parts, seen: Sequence[Seen]) -> float:
     whole, first, second = (one.loss - _auxiliary(form, one) for one in seen)
     if form.reduction == "sum":
         return abs(whole - first - second)
-    counts = [int(form.rule.count(part)) for part in parts[1:]]
+    counts = [int(form.rule.count(part)) for part in parts.batches[1:]]
     if not all(counts):
         return float("inf")
     return abs(whole - (counts[0] * first + counts[1] * second) / sum(counts))
@@ -243,10 +262,10 @@ def _auxiliary(form: LossForm, seen: Seen) -> float:
 def _confirm(watch: LossWatch, form: LossForm, trials: Sequence[Parts], precise: float) -> None:
     """Raise InseparableLoss unless the parts of a batch give the whole, where it can be cut at all."""
     nearest = float("inf")
-    for parts in trials:
-        seen = watch.see_parts(parts)
-        if seen is not None:
-            nearest = min(nearest, _distance(form, parts, seen) / max(abs(seen[0].loss), 1e-3))
+    for _, cuts in groupby(trials, key=lambda parts: parts.layout):
+        pairs = [(parts, watch.see_parts(parts)) for parts in cuts]
+        far = [_distance(form, parts, seen) / max(abs(seen[0].loss), 1e-3) for parts, seen in pairs if seen is not None]
+        nearest = min(nearest, max(far, default=float("inf")))
     if precise < nearest < float("inf"):
         raise InseparableLoss(
             reason=f"the loss of a batch is {nearest:.1e} off the mean of its parts over {form.rule}",

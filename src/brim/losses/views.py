@@ -19,6 +19,13 @@ class Parts(NamedTuple):
     whole: Inputs
     first: Inputs
     second: Inputs
+    layout: str = "collated"
+    """How it was cut: where a layout is right, every cut in it is."""
+
+    @property
+    def batches(self) -> tuple[Inputs, Inputs, Inputs]:
+        """The whole and its two parts."""
+        return self.whole, self.first, self.second
 
 
 def vary_labels(inputs: Inputs, ignored: int = IGNORED) -> Iterator[dict[str, Any]]:
@@ -64,8 +71,9 @@ def split_rows(inputs: Inputs) -> Iterator[Parts]:
     for blocks in (1, 2):
         pairs = rows // blocks
         if pairs >= 2 and rows % blocks == 0:
-            cut = max(pairs // 3, 1)
-            yield Parts(inputs, _take_rows(inputs, rows, blocks, 0, cut), _take_rows(inputs, rows, blocks, cut, pairs))
+            for cut in dict.fromkeys((max(pairs // 3, 1), pairs // 2)):
+                first, second = (_take_rows(inputs, rows, blocks, *ends) for ends in ((0, cut), (cut, pairs)))
+                yield Parts(inputs, first, second, f"rows in {blocks}")
 
 
 def repeat_row(inputs: Inputs) -> dict[str, Any]:

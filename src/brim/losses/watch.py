@@ -95,18 +95,19 @@ class LossWatch:
     def see_parts(self, parts: Parts) -> list[Seen] | None:
         """Return the losses of a batch and its parts; None where its rows cannot be cut this way."""
         try:
-            seen = [self.see(part) for part in parts]
+            seen = [self.see(part) for part in parts.batches]
         except (RuntimeError, ValueError, IndexError, KeyError, TypeError):
             return None
         return seen if all(isfinite(one.loss) for one in seen) else None
 
 
 @contextmanager
-def stirred(model: nn.Module, most_bytes: int = _STIRRED_BYTES) -> Iterator[None]:
+def stirred(model: nn.Module, factor: float, most_bytes: int = _STIRRED_BYTES) -> Iterator[None]:
     """Change the smallest trained tensors while entered, and put them back to the bit.
 
     Args:
         model: the module; a sharded one is changed alike on every rank.
+        factor: what they are multiplied by: above 1 a model is surer of what it says, below 1 less.
         most_bytes: what the kept copies may take.
     """
     kept: list[tuple[Tensor, Tensor]] = []
@@ -117,7 +118,7 @@ def stirred(model: nn.Module, most_bytes: int = _STIRRED_BYTES) -> Iterator[None
             if most_bytes < 0 and kept:
                 break
             kept.append((parameter, parameter.detach().clone()))
-            parameter.mul_(3).add_(0.02)
+            parameter.mul_(factor).add_(0.02)
     try:
         yield
     finally:
