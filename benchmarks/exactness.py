@@ -8,15 +8,15 @@ was cut off goes on where it stopped. Run: make exactness
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import logging
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,8 +29,7 @@ from brim.checks.diagnose import identify_cause
 from brim.checks.report import AccumulationReport
 from brim.checks.subjects import build_subject
 from brim.errors import BrimError, InseparableLoss
-from brim.runtime.accumulate import accumulate
-from brim.runtime.guard import guard
+from brim.runtime.forms import find_exact_form
 from exactness_cases import CASES, LOOPS, OLD_CASES, Case
 from report_exactness import write_page
 
@@ -56,30 +55,9 @@ def list_versions() -> Row:
     return found
 
 
-def find_exact(loop: str) -> tuple[str, str, Callable[..., Any]]:
-    """Return what makes a loop exact: its name, the loop it is measured in, and the function."""
-    if loop == "accelerate":
-        try:
-            module = importlib.import_module("brim.runtime.accelerate_loop")
-        except ModuleNotFoundError:
-            return "accumulate", "plain", accumulate
-        return "exact_accelerate", loop, module.exact_accelerate
-    if loop == "lightning":
-        module = importlib.import_module("brim.runtime.lightning")
-        return "LightningExact", loop, module.LightningExact
-    return "guard", loop, guard
-
-
 def has_loop(loop: str) -> bool:
     """Return whether the checks can run a loop here."""
-    if loop != "lightning":
-        return True
-    try:
-        for needed in ("lightning", "brim.checks.lightning_loop", "brim.runtime.lightning"):
-            importlib.import_module(needed)
-    except ModuleNotFoundError:
-        return False
-    return True
+    return loop != "lightning" or find_spec("lightning") is not None
 
 
 def measure_row(case: Case, loop: str, source: str) -> Row:
@@ -88,14 +66,14 @@ def measure_row(case: Case, loop: str, source: str) -> Row:
         **list_versions(), "class": case.name, "group": case.group, "loop": loop, "rows": "uneven",
         "retrieved": date.today().isoformat(), "source": source,
     }  # fmt: skip
-    name, exact_loop, exactly = find_exact(loop)
-    stock, brim_side = _try(case, loop, None), _try(case, exact_loop, exactly)
+    exactly = find_exact_form(loop)
+    stock, brim_side = _try(case, loop, None), _try(case, loop, exactly)
     padded = max(side.get("padding_error") or 0.0 for side in (stock, brim_side))
     if padded > _PADDED:
         row["rows"], row["padded_error"] = "equal", _short(padded)
         stock = _try(case, loop, None, equal_lengths=True)
-        brim_side = _try(case, exact_loop, exactly, equal_lengths=True)
-    row |= {"installed": stock, "brim": {"with": name, **brim_side}}
+        brim_side = _try(case, loop, exactly, equal_lengths=True)
+    row |= {"installed": stock, "brim": {"with": exactly.__name__, **brim_side}}
     return row
 
 

@@ -200,15 +200,15 @@ def _read_subject(
     """Return what is verified: the user's own trainer, or a small copy of a model under a loop by its name."""
     from brim.checks.ranks import count_ranks
     from brim.checks.script import is_plan, is_script, load_factory
-    from brim.checks.subjects import LOOP_OF_TRAINER, build_subject
+    from brim.checks.subjects import build_subject
     from brim.checks.trainers import read_trainer
     from brim.runtime.forms import find_exact_form
     from brim.runtime.guard import guard
+    from brim.tables.exactness import LOOP_OF_TRAINER
 
     if not isinstance(subject, str) or is_script(subject):
         make = load_factory(subject) if isinstance(subject, str) else subject
-        prepare = guard if guarded else None
-        return read_trainer(make, prepare=prepare, num_ranks=count_ranks(), shrink=not full_size)
+        return read_trainer(make, prepare=guard if guarded else None, num_ranks=count_ranks(), shrink=not full_size)
     loop = trainer
     if is_plan(subject):
         plan = load_plan(subject)

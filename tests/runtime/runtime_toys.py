@@ -76,6 +76,17 @@ def train_whole(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return gradient
 
 
+def find_routed_truth(model: nn.Module, rows: Sequence[Mapping[str, Tensor]], size: int) -> Tensor:
+    """Return the gradient of a window of the Mixtral: of one big batch, and of the mean router loss of its pieces."""
+    micro, model.config.output_router_logits = cut(rows, size), False
+    plain = train_whole(model, stack(rows))
+    model.config.output_router_logits = True
+    torch.stack([model(**batch).aux_loss * 0.5 / len(micro) for batch in micro]).sum().backward()
+    routed = read_gradient(model)
+    model.zero_grad()
+    return plain + routed
+
+
 class Recorder(torch.optim.SGD):
     """Keeps the gradient that each step was given; moves nothing."""
 

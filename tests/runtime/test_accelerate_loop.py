@@ -11,7 +11,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin
-from runtime_toys import EXACT, Recorder, build_llama, build_mixtral, cut, differ, make_rows, stack, train_whole
+from runtime_toys import (
+    EXACT,
+    Recorder,
+    build_llama,
+    build_mixtral,
+    differ,
+    find_routed_truth,
+    make_rows,
+    stack,
+    train_whole,
+)
 from torch.utils.data import DataLoader, IterableDataset
 
 from brim.errors import InvalidInput
@@ -85,17 +95,7 @@ def test_the_stock_loop_is_off() -> None:
 
 def test_auxiliary_losses_are_averaged_over_micro_batches() -> None:
     rows, model = make_rows(LENGTHS), build_mixtral()
-    truth = []
-    for start, stop in WINDOWS:
-        micro, model.config.output_router_logits = cut(rows[start:stop], SIZE), False
-        plain = train_whole(model, stack(rows[start:stop]))
-        model.config.output_router_logits = True
-        losses = [model(**batch).aux_loss * 0.5 / len(micro) for batch in micro]
-        torch.stack(losses).sum().backward()
-        router = Recorder(model)
-        router.step()
-        truth.append(plain + router.seen[0])
-        model.zero_grad()
+    truth = [find_routed_truth(model, rows[start:stop], SIZE) for start, stop in WINDOWS]
     recorder, _, _ = run_loop(rows, model, exact=True)
     assert all(differ(found, expected) <= EXACT for found, expected in zip(recorder.seen, truth, strict=True))
     assert not model._forward_hooks

@@ -6,7 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from runtime_toys import EXACT, Recorder, build_llama, build_mixtral, cut, differ, make_rows, stack, train_whole
+from runtime_toys import (
+    EXACT,
+    Recorder,
+    build_llama,
+    build_mixtral,
+    cut,
+    differ,
+    find_routed_truth,
+    make_rows,
+    stack,
+    train_whole,
+)
 from torch.utils.data import DataLoader
 
 from brim.errors import InseparableLoss, InvalidInput
@@ -80,16 +91,7 @@ def test_clipping_sees_the_true_gradient() -> None:
 
 def test_auxiliary_losses_are_averaged_over_micro_batches() -> None:
     rows, model = make_rows(LENGTHS), build_mixtral()
-    truth = []
-    for start, stop in WINDOWS:
-        micro, model.config.output_router_logits = cut(rows[start:stop], SIZE), False
-        plain = train_whole(model, stack(rows[start:stop]))
-        model.config.output_router_logits = True
-        torch.stack([model(**batch).aux_loss * 0.5 / len(micro) for batch in micro]).sum().backward()
-        router = Recorder(model)
-        router.step()
-        truth.append(plain + router.seen[0])
-        model.zero_grad()
+    truth = [find_routed_truth(model, rows[start:stop], SIZE) for start, stop in WINDOWS]
     seen = run_fit(rows, Job(model), LightningExact())
     assert [differ(found, expected) <= EXACT for found, expected in zip(seen, truth, strict=True)] == [True] * 2
     assert not model._forward_hooks

@@ -89,9 +89,8 @@ def verify_accumulation(subject: Subject, splits: Sequence[Split] = ()) -> Accum
     causes = tuple(dict.fromkeys(without_numbers(result.cause) for result in results if result.cause))
     return AccumulationReport(
         subject=subject.name, loss=str(truth.form), precision=subject.precision, size=subject.size,
-        splits=tuple(results),
-        padding_error=padding, batch_error=batch, causes=causes, fix=subject.fix if causes else "",
-        versions=dict(subject.versions),
+        splits=tuple(results), padding_error=padding, batch_error=batch, causes=causes,
+        fix=subject.fix if causes else "", versions=dict(subject.versions),
     )  # fmt: skip
 
 
@@ -168,21 +167,22 @@ class _Truth:
         inputs = self._subject.collate(list(self._subject.rows[start:stop]))
         count = int(self.form.rule.count(inputs))
         inputs = inputs if count else self.form.rule.add_term(inputs)
-        tap = AuxiliaryTap(self._model)
-        try:
-            both = differentiate(self._model, self._subject.loss_of, inputs)
-            tap.take()
-            part = differentiate(self._model, lambda model, batch: self._auxiliary_of(tap, batch), inputs)
-        finally:
-            tap.remove()
+        both = differentiate(self._model, self._subject.loss_of, inputs)
+        part = self._differentiate_auxiliary(inputs) if self.form.auxiliary else torch.zeros_like(both)
         return both - part, part, count
 
-    def _auxiliary_of(self, tap: AuxiliaryTap, inputs: Inputs) -> Tensor:
-        if not self.form.auxiliary:
-            return torch.tensor(float("nan"))  # nothing to differentiate
-        self._subject.loss_of(self._model, inputs)
-        part = self.form.sum_auxiliary(tap.take())
-        return part if isinstance(part, Tensor) else torch.tensor(float("nan"))
+    def _differentiate_auxiliary(self, inputs: Inputs) -> Tensor:
+        """Return the gradient of the auxiliary part alone."""
+        tap = AuxiliaryTap(self._model)
+
+        def auxiliary_of(model: nn.Module, batch: Inputs) -> Tensor:
+            self._subject.loss_of(model, batch)
+            return torch.as_tensor(self.form.sum_auxiliary(tap.take()))
+
+        try:
+            return differentiate(self._model, auxiliary_of, inputs)
+        finally:
+            tap.remove()
 
 
 def cut(window: range, size: int) -> list[tuple[int, int]]:
@@ -201,7 +201,8 @@ def _compare(subject: Subject, truth: _Truth, split: Split) -> list[SplitResult]
         if len(window) % (split.micro_batch_size * subject.num_ranks) and subject.num_ranks > 1:
             continue  # loaders repeat sequences to give every rank its share: another batch, whatever its weights
         if index >= len(steps):
-            found.append(_missing(subject, split, index, len(pieces)))
+            missing = _measure(subject, split, index, len(pieces), torch.zeros_like(wanted[index]), wanted[index])
+            found.append(replace(missing, cause=diagnose.TAIL_DROPPED))
             continue
         result = _measure(subject, split, index, len(pieces), steps[index], wanted[index])
         if not is_exact(result.error, result.norm_ratio, result.cosine, subject.precision):
@@ -227,14 +228,6 @@ def _measure(
         micro_batch_size=split.micro_batch_size, gradient_accumulation_steps=split.accumulation_steps,
         num_ranks=subject.num_ranks, window=window, num_micro_batches=num_micro_batches,
         error=error, norm_ratio=norm_ratio, cosine=cosine,
-    )  # fmt: skip
-
-
-def _missing(subject: Subject, split: Split, window: int, num_micro_batches: int) -> SplitResult:
-    return SplitResult(
-        micro_batch_size=split.micro_batch_size, gradient_accumulation_steps=split.accumulation_steps,
-        num_ranks=subject.num_ranks, window=window, num_micro_batches=num_micro_batches, error=1.0, norm_ratio=0.0,
-        cosine=0.0, cause=diagnose.TAIL_DROPPED,
     )  # fmt: skip
 
 

@@ -90,12 +90,23 @@ def identify_cause(cause: str) -> tuple[str, ...]:
 
 def is_made_of(found: Tensor, vectors: Sequence[Tensor]) -> bool:
     """Return whether a gradient is a sum of others, each with some weight."""
-    basis = [vector for vector in vectors if float(vector.norm())]
-    if not basis:
-        return False
-    matrix = torch.stack(basis, dim=1)
+    return _fit(found, vectors)[1] <= CLOSE
+
+
+def _fit(found: Tensor, vectors: Sequence[Tensor]) -> tuple[list[float], float]:
+    """Return the weights under which vectors come nearest to a gradient, and the part of its norm that they leave over.
+
+    Vectors of nothing weigh nothing.
+    """
+    weights = [0.0] * len(vectors)
+    used = [index for index, vector in enumerate(vectors) if float(vector.norm())]
+    if not used:
+        return weights, 1.0
+    matrix = torch.stack([vectors[index] for index in used], dim=1)
     solved = torch.linalg.lstsq(matrix, found.unsqueeze(1), driver="gelsd").solution.squeeze(1)
-    return float((matrix @ solved - found).norm()) <= CLOSE * float(found.norm())
+    for index, value in zip(used, solved.tolist(), strict=True):
+        weights[index] = value
+    return weights, float((matrix @ solved - found).norm() / max(float(found.norm()), 1e-30))
 
 
 def _solve(evidence: Evidence) -> tuple[list[float], float | None, float]:
@@ -103,13 +114,7 @@ def _solve(evidence: Evidence) -> tuple[list[float], float | None, float]:
     basis = list(evidence.means)
     if len(evidence.auxiliary):
         basis.append(torch.stack(list(evidence.auxiliary)).sum(0))
-    used = [index for index, vector in enumerate(basis) if float(vector.norm())]
-    matrix = torch.stack([basis[index] for index in used], dim=1)
-    solved = torch.linalg.lstsq(matrix, evidence.found.unsqueeze(1), driver="gelsd").solution.squeeze(1)
-    residual = float((matrix @ solved - evidence.found).norm() / max(float(evidence.found.norm()), 1e-30))
-    weights = [0.0] * len(basis)
-    for index, value in zip(used, solved.tolist(), strict=True):
-        weights[index] = value
+    weights, residual = _fit(evidence.found, basis)
     return weights[: len(evidence.means)], (weights[-1] if len(evidence.auxiliary) else None), residual
 
 

@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from brim.checks.loops import own_loss
+from brim.cost.attention_kernels import FUSED_OPERATORS
 from brim.errors import ProbeFailed
 from brim.spec.recipe import Recipe
 from brim.spec.strategy import Strategy
@@ -26,10 +27,9 @@ SHARDING = "sharding"
 """Name of the knob that `zero_stage` and the data-parallel axes of the mesh are together."""
 _ATTENTION = frozenset(
     packet.default
-    for name in ("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
-                 "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu")
+    for name in FUSED_OPERATORS
     if (packet := getattr(torch.ops.aten, name, None)) is not None
-)  # fmt: skip
+)
 _OPTIMIZERS: dict[str, tuple[Any, dict[str, float]]] = {
     "adamw": (torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 0.1}),
     "sgd": (torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.1}),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from brim.checks.accumulation import WINDOW, one_thread
-from brim.checks.gradients import flatten, relative_error
+from brim.checks.gradients import compare_gradients, flatten, relative_error
 from brim.checks.knobs import SHARDING, Collate, Inputs, Knob, StepWith, list_knobs, pick_forms, set_attention
 from brim.checks.loops import own_loss
 from brim.checks.report import FP32_LIMIT, KnobResult, NeutralityReport, Verdict
@@ -240,13 +240,12 @@ def _judge_ranks(
 
 def _compare(knob: Knob, found: Tensor, wanted: Tensor, limit: float = FP32_LIMIT) -> KnobResult:
     """Return the verdict on what a knob gives beside what the plain run gives."""
-    sizes, error = (float(found.norm()), float(wanted.norm())), relative_error(found, wanted)
+    error, norm_ratio, cosine = compare_gradients(found, wanted)
     if not isfinite(error):
         return KnobResult(knob=knob.name, value=knob.value, verdict=_BELONGS, reason="its gradient is not finite")
     return KnobResult(
         knob=knob.name, value=knob.value, verdict="neutral" if error <= limit else _BELONGS, error=error,
-        norm_ratio=sizes[0] / sizes[1] if sizes[1] else 0.0,
-        cosine=float(found @ wanted) / (sizes[0] * sizes[1]) if all(sizes) else 0.0,
+        norm_ratio=norm_ratio, cosine=cosine,
         reason=knob.note if error <= limit else knob.meaning or knob.note,
     )  # fmt: skip
 

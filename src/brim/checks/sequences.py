@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from brim.losses.rules import IGNORED
+
 VOCABULARY = 96
 TOKENS = (3, 60)
 """Made-up tokens: clear of special ones at both ends."""
 _SHORTEST, _LONGEST = 6, 40
-_IGNORED = -100
 
 
 def make_rows(
@@ -51,7 +52,7 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     batch = {}
     for key in rows[0]:
         values = [row[key] for row in rows]
-        batch[key] = _pad(values, _IGNORED if key == "labels" else 0) if values[0].dim() == 1 else torch.stack(values)
+        batch[key] = _pad(values, IGNORED if key == "labels" else 0) if values[0].dim() == 1 else torch.stack(values)
     return batch
 
 
@@ -89,16 +90,16 @@ def _text(config: Any, generator: torch.Generator, index: int, shortest: int = _
 def _hide(tokens: Tensor, index: int) -> Tensor:
     labels = tokens.clone()
     if index % 3:
-        labels[: len(labels) // (2 + index % 2)] = _IGNORED
+        labels[: len(labels) // (2 + index % 2)] = IGNORED
     if index == 3:
-        labels[:] = _IGNORED
+        labels[:] = IGNORED
     return labels
 
 
 def _pair(config: Any, generator: torch.Generator, index: int, shortest: int = _SHORTEST) -> dict[str, Tensor]:
     source, target = _tokens(generator, _length(generator, shortest)), _tokens(generator, _length(generator, shortest))
     if index == 3:
-        target[:] = _IGNORED
+        target[:] = IGNORED
     return {"input_ids": source, "attention_mask": torch.ones_like(source), "labels": target}
 
 
@@ -107,14 +108,14 @@ def _masked(config: Any, generator: torch.Generator, index: int, shortest: int =
     row = _text(config, generator, index, shortest)
     chosen = torch.rand(len(row["input_ids"]), generator=generator) < (0.2 if index % 2 else 0.6)
     chosen[0] = bool(index % 2)
-    labels = torch.where(chosen, row["input_ids"], torch.full_like(row["input_ids"], _IGNORED))
-    return {**row, "labels": labels if index != 3 else torch.full_like(labels, _IGNORED)}
+    labels = torch.where(chosen, row["input_ids"], torch.full_like(row["input_ids"], IGNORED))
+    return {**row, "labels": labels if index != 3 else torch.full_like(labels, IGNORED)}
 
 
 def _token_labels(config: Any, generator: torch.Generator, index: int, shortest: int = _SHORTEST) -> dict[str, Tensor]:
     row = _text(config, generator, index, shortest)
     kinds = torch.randint(0, config.num_labels, row["labels"].shape, generator=generator)
-    return {**row, "labels": torch.where(row["labels"].eq(_IGNORED), row["labels"], kinds)}
+    return {**row, "labels": torch.where(row["labels"].eq(IGNORED), row["labels"], kinds)}
 
 
 def _row_label(config: Any, generator: torch.Generator, index: int, shortest: int = _SHORTEST) -> dict[str, Tensor]:

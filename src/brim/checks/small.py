@@ -131,8 +131,6 @@ def _fit_heads(config: Mapping[str, Any], small: dict[str, Any], vocabulary: int
         if isinstance(small.get(key), dict) and small[key].get("mrope_section"):
             half = small.get("head_dim") or small.get("hidden_size", 32) // small.get("num_attention_heads", 4)
             small[key] = {**small[key], "mrope_section": [half // 2 - 2, 1, 1]}
-    if config.get("expand") and {"num_heads", "head_dim"} <= small.keys():  # Mamba-2: heads divide the widened layer
-        small["num_heads"] = int(small["hidden_size"] * config["expand"]) // small["head_dim"]
     return small
 
 

@@ -16,19 +16,14 @@ from brim.checks.sequences import TOKENS, VOCABULARY, collate, make_rows
 from brim.checks.small import build_small
 from brim.checks.trainers import read_trainer
 from brim.errors import ProbeFailed, UnknownName
+from brim.losses.rules import IGNORED
 
-LOOP_OF_TRAINER = {
-    "trl": "sft", "trl-dpo": "dpo", "unsloth": "sft", "transformers": "hf", "accelerate": "accelerate",
-    "plain": "plain",
-}  # fmt: skip
-"""The loop that verifies a plan, by its trainer."""
 LOOPS = ("hf", "sft", "dpo", "plain", "accelerate", "lightning")
 
 
 def build_subject(
     config: Mapping[str, Any], architecture: str, loop: str, *, exactly: Any = None, num_ranks: int = 1,
-    sharding: str = "ddp",
-    equal_lengths: bool = False,
+    sharding: str = "ddp", equal_lengths: bool = False,
 ) -> Subject:  # fmt: skip
     """Return a model class under a loop, small and on the CPU.
 
@@ -91,7 +86,7 @@ def _keep_acceptable(model: nn.Module, rows: list[Any]) -> None:
     """Give the sequence without any target one, where the class's own code fails on it (decoders that look for one)."""
     for row in rows:
         labels = row.get("labels")
-        if labels is None or not labels.dim() or bool(labels.ne(-100).any()):
+        if labels is None or not labels.dim() or bool(labels.ne(IGNORED).any()):
             continue
         try:
             with torch.no_grad():

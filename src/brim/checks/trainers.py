@@ -19,6 +19,7 @@ from brim.checks.silence import silenced
 from brim.checks.small import copy_model, quiet, shrink_model
 from brim.errors import InvalidInput
 from brim.losses.form import list_coefficients
+from brim.losses.rules import IGNORED
 
 _PACKAGES = ("torch", "transformers", "accelerate", "trl", "peft", "lightning")
 _NEVER_CLIPS = 1e30
@@ -125,7 +126,7 @@ def _count_targets(row: Any) -> int:
         return 0
     labels = row.get("labels")
     if isinstance(labels, (list, tuple)) or (isinstance(labels, Tensor) and labels.dim()):
-        return int(torch.as_tensor(labels).ne(-100).sum())
+        return int(torch.as_tensor(labels).ne(IGNORED).sum())
     sized = [len(value) for value in row.values() if isinstance(value, (list, tuple, str)) or _has_rows(value)]
     return max(sized, default=0)
 

@@ -14,6 +14,11 @@ from brim.spec.recipe import Dtype
 Kernel = Literal["flash", "efficient", "math"]
 
 AMPERE = (8, 0)
+FUSED_OPERATORS = (
+    "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu",
+)  # fmt: skip
+"""Operators of `aten` that the kernels are; what they return, selective checkpointing keeps."""
 _WIDEST_FLASH_HEAD = 256
 
 

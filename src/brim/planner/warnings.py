@@ -13,7 +13,7 @@ from brim.planner.record import PlanWarning, Schedule
 from brim.planner.rules import BF16_CAPABILITY, overflows_fp16
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
-from brim.tables.exactness import find_exactness
+from brim.tables.exactness import LOOP_OF_TRAINER, find_exactness
 from brim.tables.read import find_optimizer
 from brim.units import format_size
 
@@ -150,17 +150,15 @@ def _experts_unquantised(facts: _Facts) -> Iterator[PlanWarning]:
         )
 
 
-_MEASURED_LOOPS = {"transformers": "hf", "trl": "sft", "unsloth": "sft"}
-"""Loop of the exactness table by trainer; scripts that brim writes for Accelerate count for themselves."""
-
-
 def _accumulation(facts: _Facts) -> Iterator[PlanWarning]:
-    """Warn where the trainer's own accumulation was measured not to be the big batch."""
+    """Warn where the trainer's own accumulation was measured not to be the big batch.
+
+    Scripts that brim writes for Accelerate count for themselves.
+    """
     trainer, architecture = facts.workload.recipe.engine.name, facts.workload.model.architecture
-    loop = _MEASURED_LOOPS.get(trainer)
-    if loop is None or facts.strategy.gradient_accumulation_steps == 1:
+    if trainer == "accelerate" or facts.strategy.gradient_accumulation_steps == 1:
         return
-    row = find_exactness(architecture, loop)
+    row = find_exactness(architecture, LOOP_OF_TRAINER.get(trainer, ""))
     if row is not None and not row.exact:
         routed = " with router losses on" if all(told.startswith("auxiliary") for told in row.told) else ""
         yield PlanWarning(

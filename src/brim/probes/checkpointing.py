@@ -10,6 +10,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as checkpoint_function
 
+from brim.cost.attention_kernels import FUSED_OPERATORS
 from brim.errors import ProbeFailed
 from brim.probes.offload import DeviceBuffers, host_context, offloaded_checkpoint
 from brim.spec.recipe import Engine
@@ -17,10 +18,9 @@ from brim.spec.strategy import Strategy
 
 _ATTENTION = frozenset(
     packet.default
-    for name in ("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
-                 "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu")
+    for name in FUSED_OPERATORS
     if (packet := getattr(torch.ops.aten, name, None)) is not None
-)  # fmt: skip
+)
 
 
 def checkpoint(model: torch.nn.Module, strategy: Strategy, engine: Engine) -> None:

@@ -15,7 +15,7 @@ from brim.errors import InvalidInput
 from brim.losses.form import AuxiliaryTap, LossForm, list_coefficients
 from brim.losses.measure import measure_form
 from brim.losses.rules import count_rows
-from brim.runtime.ranks import is_distributed, share_from_first
+from brim.runtime.ranks import is_distributed, share_inputs
 from brim.runtime.window import Window, open_window
 
 Inputs = Mapping[str, Any]
@@ -134,20 +134,12 @@ def measure_model(
     key = (names, *identify_loss(loss))
     if key not in forms:
         sample = batch if isinstance(batch, Mapping) else next(iter(micro_batches), None)
-        if is_distributed():  # a tensor on a GPU would be unpickled on the same GPU by every rank
-            sample = share_from_first(move_inputs(sample, "cpu"), group)
+        sample = share_inputs(sample, find_device(model), group)
         if sample is None:
             raise InvalidInput("no micro-batch to measure the loss on; rank 0 needs one in the first window")
-        sample, declared = move_inputs(sample, find_device(model)), list_coefficients(getattr(module, "config", None))
+        declared = list_coefficients(getattr(module, "config", None))
         forms[key] = measure_form(loss or _own_loss(module), module, sample, coefficients=declared)
     return forms[key]
-
-
-def move_inputs(inputs: Inputs | None, device: torch.device | str) -> Inputs | None:
-    """Return a batch with its tensors on a device."""
-    if inputs is None:
-        return None
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
 
 
 def identify_loss(loss: Callable[[Inputs], Tensor] | None) -> tuple[Any, ...]:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from brim.errors import InvalidInput
 from brim.losses.form import AuxiliaryTap, LossForm, list_coefficients
 from brim.losses.measure import measure_form, refuse_batch_norm
-from brim.runtime.accumulate import move_inputs
-from brim.runtime.ranks import gather_numbers, is_distributed, share_from_first
+from brim.runtime.ranks import gather_numbers, is_distributed, share_inputs
 
 try:
     from lightning.pytorch import Callback
@@ -113,9 +112,7 @@ class LightningExact(Callback):
 
     def _measure(self, module: Any, step: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> None:
         """Find what the loss averages over, and what a typical micro-batch has of it, alike on every rank."""
-        sample = batch
-        if is_distributed():
-            sample = move_inputs(share_from_first(move_inputs(batch, "cpu")), module.device)
+        sample = share_inputs(batch, module.device)
         network = getattr(module, self._name, module)
         network = network if isinstance(network, nn.Module) else module
         refuse_batch_norm(module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,3 +40,21 @@ def share_from_first(value: Any, group: Any = None) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=first, group=group)
     return box[0]
+
+
+def share_inputs(
+    inputs: Mapping[str, Any] | None, device: torch.device | str, group: Any = None
+) -> Mapping[str, Any] | None:
+    """Return the first rank's micro-batch on every rank, on its own device; None if the first rank has none.
+
+    It travels by the host: a tensor on a GPU would be unpickled on that same GPU by every rank.
+    """
+    if is_distributed():
+        inputs = share_from_first(_move(inputs, "cpu"), group)
+    return _move(inputs, device)
+
+
+def _move(inputs: Mapping[str, Any] | None, device: torch.device | str) -> Mapping[str, Any] | None:
+    if inputs is None:
+        return None
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}

@@ -104,15 +104,8 @@ class ExactAccumulation:
         """Take back what the guard has put on the model and the trainer."""
         if self._exact_auxiliary is not None:
             self._exact_auxiliary.remove()
-        for name in (
-            "_exact_form",
-            "_exact_window",
-            "_exact_index",
-            "_exact_share",
-            "_exact_auxiliary",
-            "_exact_evaluated",
-        ):
-            self.__dict__.pop(name, None)
+        for name in [name for name in vars(self) if name.startswith("_exact_")]:
+            delattr(self, name)
 
     def _exact_keep_auxiliary(self) -> None:
         if self._exact_form is not None and self._exact_form.auxiliary and self._exact_auxiliary is None:

@@ -16,7 +16,7 @@ from brim.losses.form import LossForm, list_coefficients
 from brim.losses.measure import measure_form
 from brim.losses.rules import list_rules
 from brim.losses.views import Parts
-from brim.runtime.ranks import share_from_first
+from brim.runtime.ranks import share_inputs
 
 _NUM_SAMPLES = 4
 _STEPS_PARTIAL_WINDOWS = (4, 47)
@@ -46,9 +46,9 @@ def measure_trainer(trainer: Any, batches: Sequence[Mapping[str, Any]]) -> LossF
         InvalidInput: the trainer splits rows over ranks. InseparableLoss: no count explains the loss.
     """
     _refuse_split_rows(trainer)
-    whole = next(iter(parts.whole for parts in _collate_parts(trainer)), None)
-    if whole is None:
-        whole = share_from_first(max(batches, key=_count_targets, default=None))
+    parts = list(_collate_parts(trainer))
+    richest = max(batches, key=_count_targets, default=None)
+    whole = parts[0].whole if parts else share_inputs(richest, trainer.args.device)
     if whole is None:
         raise InvalidInput("the first window of rank 0 has no micro-batch; nothing to measure the loss on")
 
@@ -58,7 +58,7 @@ def measure_trainer(trainer: Any, batches: Sequence[Mapping[str, Any]]) -> LossF
 
     coefficients = list_coefficients(trainer, getattr(trainer.model, "config", None))
     with _leaving_no_trace(trainer):
-        return measure_form(loss_of, trainer.model, whole, parts=_collate_parts(trainer), coefficients=coefficients)
+        return measure_form(loss_of, trainer.model, whole, parts=parts, coefficients=coefficients)
 
 
 def _count_targets(inputs: Mapping[str, Any]) -> int:

@@ -7,6 +7,12 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
+LOOP_OF_TRAINER = {
+    "trl": "sft", "trl-dpo": "dpo", "unsloth": "sft", "transformers": "hf", "accelerate": "accelerate",
+    "plain": "plain",
+}  # fmt: skip
+"""The loop of the table, and of `brim verify`, that a plan's trainer runs."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exactness:
