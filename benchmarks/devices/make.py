@@ -25,7 +25,8 @@ def make(seed: int) -> dict[str, Any]:
     return {
         "seed": seed, "capacity_bytes": capacity, "static_bytes": int(static),
         "optimizer_bytes": int(draw.uniform(0.0, 0.6) * (capacity - static)),
-        "sequence_bytes": int((capacity - static) / room), "effective_batch_size": draw.choice((16, 32, 48, 64, 128, 256)),
+        "sequence_bytes": int((capacity - static) / room),
+        "effective_batch_size": draw.choice((16, 32, 48, 64, 128, 256)),
         "kept_fraction": {"none": 1.0, "selective": draw.uniform(0.3, 0.6), "full": draw.uniform(0.08, 0.25)},
         "slower": {"none": 1.0, "selective": draw.uniform(1.15, 1.3), "full": draw.uniform(1.25, 1.4)},
         "fixed_seconds": draw.uniform(0.05, 0.5), "launch_seconds": draw.uniform(0.005, 0.1),

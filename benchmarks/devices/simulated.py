@@ -75,7 +75,8 @@ class SimulatedDevice:
     def run(self, size: int, variant: str) -> Answer:
         """Return what a trial of a strategy shows."""
         allocated, reserved = self.allocated(size, variant), self.reserved(size, variant)
-        seconds, usable, pages = self.seconds(size, variant), self.usable_bytes, self.numbers["shape"] in ("spill", "all")
+        seconds, usable = self.seconds(size, variant), self.usable_bytes
+        pages = self.numbers["shape"] in ("spill", "all")
         if allocated > usable * (1.5 if pages else 1.0):
             return Answer(fits=False, died=True, peak_bytes=0, reserved_bytes=0, num_retries=0, seconds=0.0)
         retries = 0 if reserved <= usable or pages else 3
@@ -102,6 +103,10 @@ class SimulatedDevice:
     def _wrong(self, name: str, variant: str) -> float:
         n = self.numbers
         return math.exp(n["spread"] * (n[name] + n["variant_factor"][variant]))
+
+    def runs_at_all(self) -> bool:
+        """Return whether any strategy fits."""
+        return any(self.run(size, variant).fits for size in self.splits() for variant in VARIANTS)
 
     def best(self) -> tuple[int, str, float]:
         """Return the fastest strategy that fits, and its seconds: every one is tried."""
