@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from brim.api.answerers import check_answerer, find_answerer, make_builder
 from brim.api.jobs import read_job
+from brim.api.measured import calibrate
 from brim.errors import InvalidInput, quoted
 from brim.exporters.files import write_text
 from brim.planner.answerer import Answerer
@@ -45,8 +46,10 @@ def plan(model: str | ModelShape, **options: Any) -> Plan:
 
     said = read_options(options)
     job = read_job(model, said, known_only=said.by != "trace")
-    answerer = find_answerer(said.by or "formula", job)
-    return plan_workload(job.workload, job.fixed, answerer, assumptions=job.assumptions, brim_version=__version__)
+    by = said.by or "formula"
+    answerer, remarks = _with_history(by, find_answerer(by, job), job, said)
+    assumptions = (*job.assumptions, *remarks)
+    return plan_workload(job.workload, job.fixed, answerer, assumptions=assumptions, brim_version=__version__)
 
 
 def estimate(
@@ -82,7 +85,7 @@ def estimate(
     job = read_job(model, _with_default_split(said), known_only=set(by) != {"trace"})
     strategy = _stated_strategy(job)
     answers = {name: find_answerer(name, job, fold=fold, lengths=lengths) for name in by}
-    found = tuple(answers[name].estimate(job.workload, strategy) for name in by)
+    found = tuple(_estimate_with_history(name, answers[name], job, said, strategy) for name in by)
     if timeline is not None or trace_json is not None:
         _write_timeline(answers["trace"], job.workload, strategy, found[by.index("trace")], timeline, trace_json)
     return found
@@ -112,6 +115,19 @@ def trace(
     if build_model is None:
         build_model = make_builder(workload, {})(strategy)
     return trace_model(workload, strategy, build_model, make_inputs, fold=fold, lengths=lengths)
+
+
+def _with_history(by: str, answerer: Answerer, job: Job, said: JobOptions) -> tuple[Answerer, tuple[str, ...]]:
+    """Return the formula as measured runs correct it, unless nobody wants that; other answerers as they are."""
+    return calibrate(answerer, job.workload) if by == "formula" and said.history is not False else (answerer, ())
+
+
+def _estimate_with_history(
+    by: str, answerer: Answerer, job: Job, said: JobOptions, strategy: Strategy
+) -> Estimate:  # fmt: skip
+    answerer, remarks = _with_history(by, answerer, job, said)
+    estimate = answerer.estimate(job.workload, strategy)
+    return replace(estimate, notes=(*estimate.notes, *remarks)) if remarks else estimate
 
 
 def _check_lengths(lengths: Sequence[int]) -> None:
