@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import MISSING, asdict, is_dataclass
+from datetime import UTC, datetime
 from functools import cache
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -133,7 +134,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_counts(observation: Observation) -> None:
-    """Raise ValueError if something that there is at least one of is none."""
+    """Raise ValueError if something that there is at least one of is none, or the run ended at no time."""
+    read_time(observation.finished)
     strategy, workload = observation.strategy, observation.workload
     positive = {
         "num_ranks": observation.num_ranks, "capacity_bytes": observation.capacity_bytes,
@@ -144,6 +146,19 @@ def _check_counts(observation: Observation) -> None:
     for name, number in positive.items():
         if number < 1:
             raise ValueError(f"{name} must be at least 1, not {number}")
+
+
+def read_time(text: str) -> datetime:
+    """Return the moment that a text in ISO 8601 names, UTC where it names no zone.
+
+    Raises:
+        ValueError: it names none.
+    """
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"finished: {quoted(text)} is no time") from None
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
 @cache

@@ -10,13 +10,13 @@ import re
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, is_dataclass, replace
-from datetime import UTC, datetime
 from functools import cache
 from hashlib import sha256
 from typing import Any, Literal, Union, get_args, get_origin
 
 from brim.cost.modeling import list_families
 from brim.errors import UnknownName
+from brim.history.document import read_time
 from brim.history.rebuild import list_kinds
 from brim.spec.model import ModelShape
 from brim.spec.observation import Observation
@@ -33,12 +33,14 @@ from brim.tables.read import (
     match_device,
 )
 
-_OTHER = "other"
+OTHER = "other"
 _SIZE = re.compile(r"\d{1,7}(\.\d{1,3})? ?[kmgt]?i?b?", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}")
 _BUILD = r"(\+(cu|rocm|cpu|xpu)[\d.]{0,8})?"
 _RELEASE = re.compile(r"\d{1,6}(\.(\d{1,8}|[a-z]{1,4}\d{1,8})){0,4}([a-z]{1,3}\d{1,4})?" + _BUILD)
-_DRIVER_WORDS = re.compile(r"[^A-Za-z0-9 .()+-]+")
+_DRIVER_NAME = re.compile(
+    r"(nvidia|amd|intel|tesla|quadro|geforce|radeon|apple)\b([A-Za-z0-9 .()+-]|(?<=\d)/(?=\d)){1,60}", re.IGNORECASE
+)
 _HASHED = re.compile(r"other-[0-9a-f]{6}")
 _PACKAGES = frozenset({
     "accelerate", "bitsandbytes", "brim", "cuda", "datasets", "deepspeed", "flash-attn", "kernels", "liger-kernel",
@@ -46,8 +48,8 @@ _PACKAGES = frozenset({
     "trl", "unsloth", "unsloth_zoo", "xformers",
 })  # fmt: skip
 _HEADS = (
-    "ForCausalLM", "ForConditionalGeneration", "ForSequenceClassification", "ForTokenClassification",
-    "ForQuestionAnswering", "ForMaskedLM", "ForImageClassification",
+    "LMHeadModel", "Model", "ForCausalLM", "ForConditionalGeneration", "ForSequenceClassification",
+    "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM", "ForImageClassification",
 )  # fmt: skip
 # Error texts name files and modules, so only their kind is kept; each kind's words are found in themselves.
 _PROBLEMS = (
@@ -70,7 +72,7 @@ def strip_names(observation: Observation) -> Observation:
     lora, shape = observation.workload.recipe.lora, observation.workload.model
     if lora is not None:
         known = {"all-linear", *(linear.name for group in shape.groups for linear in _list_linears(group))}
-        targets = tuple(name for name in lora.target_modules if name in known) or (_OTHER,)
+        targets = tuple(name for name in lora.target_modules if name in known) or (OTHER,)
         recipe = replace(observation.workload.recipe, lora=replace(lora, target_modules=targets))
         observation = replace(observation, workload=replace(observation.workload, recipe=recipe))
     return _strip(observation)
@@ -80,7 +82,7 @@ def name_family(model_type: str) -> str:
     """Return the family of models as history knows it: one that brim's tables know; others are told apart by a hash."""
     if model_type in _families() or _HASHED.fullmatch(model_type):
         return model_type
-    return f"{_OTHER}-{sha256(model_type.encode('utf-8', 'replace')).hexdigest()[:6]}"
+    return f"{OTHER}-{sha256(model_type.encode('utf-8', 'replace')).hexdigest()[:6]}"
 
 
 def name_card(name: str) -> str:
@@ -146,7 +148,13 @@ def _families() -> frozenset[str]:
 
 @cache
 def _architectures() -> frozenset[str]:
-    return frozenset(name for card in list_cards() for name in card.config.get("architectures", ()))
+    """Return the names that transformers puts before a head in the classes of built-in cards: `Llama`, `Bart` ..."""
+    names = (name for card in list_cards() for name in card.config.get("architectures", ()))
+    return frozenset(name.removesuffix(_find_head(name)) for name in names)
+
+
+def _find_head(name: str) -> str:
+    return next((head for head in _HEADS if name.endswith(head)), "")
 
 
 def _clean_model(name: str, shape: ModelShape) -> str:
@@ -157,11 +165,14 @@ def _clean_model(name: str, shape: ModelShape) -> str:
 
 
 def _clean_architecture(name: str, shape: ModelShape) -> str:
-    return name if name in _architectures() else next((head for head in _HEADS if name.endswith(head)), _OTHER)
+    head = _find_head(name)
+    return name if head and name.removesuffix(head) in _architectures() else head or OTHER
 
 
 def _clean_driver_name(name: str, _: Any = None) -> str:
-    return " ".join(_DRIVER_WORDS.sub(" ", name).split())[:60] or _OTHER
+    if name.lower().startswith("cpu"):
+        return "cpu"
+    return name if _DRIVER_NAME.fullmatch(name) else OTHER
 
 
 def _clean_release(release: str | None, _: Any = None) -> str | None:
@@ -179,13 +190,11 @@ def _clean_problem(text: str, _: Any) -> str:
 
 
 def _clean_time(text: str, _: Any) -> str:
-    moment = datetime.fromisoformat(text)
-    moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return read_time(text).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _clean_name(name: str, _: Any) -> str:
-    return name if _NAME.fullmatch(name.replace("-", "_")) else _OTHER
+    return name if _NAME.fullmatch(name.replace("-", "_")) else OTHER
 
 
 def _clean_names(names: tuple[str, ...], _: Any) -> tuple[str, ...]:
@@ -197,7 +206,7 @@ def _from_table(find: Callable[[str], Any]) -> Callable[[str, Any], str]:
         try:
             return find(name).name
         except UnknownName:
-            return _OTHER
+            return OTHER
 
     return clean
 

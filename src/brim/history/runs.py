@@ -82,7 +82,10 @@ def import_observations(observations: Iterable[Observation]) -> tuple[int, int]:
         InvalidInput: history is switched off. InvalidFile: the store cannot be written.
     """
     runs = list(observations)
-    new = _insert(_require_store(), runs)
+    try:
+        new = _insert(_require_store(), runs)
+    except ValueError as error:
+        raise InvalidInput(f"this is no measured run: {quoted(error)}") from None
     return new, len(runs) - new
 
 
@@ -146,12 +149,13 @@ def _count(connection: Connection) -> int:
 
 def _select(wanted: Wanted) -> tuple[str, tuple[str, ...]]:
     """Return the condition of a query, and its values."""
-    from brim.history.privacy import name_card
+    from brim.history.privacy import OTHER, name_card
     from brim.tables.read import find_card
 
     pairs: list[tuple[str, str]] = []
     if wanted.gpu is not None:
-        pairs.append(("card = ?", name_card(wanted.gpu)))
+        card_name = name_card(wanted.gpu)  # a name that is no card's must not stand for all unknown ones
+        pairs.append(("card = ?", wanted.gpu if card_name == OTHER else card_name))
     if wanted.model is not None:
         card = find_card(wanted.model)
         pairs.append(("model = ?", card.id if card is not None else wanted.model))

@@ -72,17 +72,13 @@ def scrub(path: Path) -> None:
 
 def _open_to_read(path: Path) -> sqlite3.Connection:
     _refuse_irregular(path)
-    connection = _connect(path, "mode=rw")
     try:
-        read_version(connection)
+        return _connect(path, "mode=rw")
     except sqlite3.OperationalError:
-        connection.close()
         log = path.with_name(path.name + "-wal")
         if log.exists() and log.stat().st_size:
             raise
-        connection = _connect(path, "mode=ro&immutable=1")  # nobody may write here, so nobody does
-        read_version(connection)
-    return connection
+    return _connect(path, "mode=ro&immutable=1")  # nobody may write here, so nobody does
 
 
 def _open_to_write(path: Path) -> sqlite3.Connection:
@@ -101,8 +97,15 @@ def _open_to_write(path: Path) -> sqlite3.Connection:
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    """Return a connection that has read the file's head."""
     uri = f"file:{quote(str(path.absolute()))}?{mode}"
-    return sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
+    connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
+    try:
+        read_version(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def _write_ahead(connection: sqlite3.Connection) -> None:
