@@ -133,6 +133,22 @@ def test_somebody_who_is_there_is_asked(
     assert len(api.list_observations()) == left
 
 
+def test_switched_off_is_said(brim: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BRIM_HISTORY", "off")
+    done = brim("history")
+    assert done.code == 2 and "history is switched off: BRIM_HISTORY=off" in done.err
+
+
+def test_a_long_history_shows_its_newest(brim: Run, noted: None) -> None:
+    (newest,) = api.list_observations(limit=1)
+    for number in range(50):
+        api.add_observation(replace(newest, num_steps=100 + number))
+    text = brim("history").out
+    assert "the newest 40 of 54 runs (--json has all)" in text
+    assert len([line for line in text.splitlines() if line.startswith("2026-")]) == 40
+    assert len(brim("history", "--json").json["runs"]) == 54
+
+
 def test_a_damaged_store_is_one_line(brim: Run, store: Path) -> None:
     store.write_bytes(b"hello" * 1000)
     done = brim("history")

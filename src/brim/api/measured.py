@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from brim.errors import InvalidFile
@@ -30,7 +32,7 @@ __all__ = [
 ]  # fmt: skip
 
 _LARGEST_FILE_BYTES = 200_000_000
-_MOST_RUNS = 100
+_MOST_RUNS = 50
 """Newest runs of a card, trainer and family that a calibration is fitted on."""
 
 
@@ -86,7 +88,7 @@ def find_calibration(workload: Workload) -> Calibration | None:
     from brim.history.place import find_store
 
     store = find_store()
-    if store is None or not store.exists():
+    if store is None or not os.path.exists(store):
         return None
     from brim.history.privacy import name_card, name_family
 
@@ -123,7 +125,7 @@ def calibrate(answerer: Answerer, workload: Workload) -> tuple[Answerer, tuple[s
     """Return the formula as measured runs correct it, and what to say where they could not be read."""
     try:
         calibration = find_calibration(workload)
-    except (InvalidFile, RuntimeError) as error:  # a broken history must not stop a plan
+    except (InvalidFile, RuntimeError, ImportError) as error:  # a broken history must not stop a plan
         return answerer, (f"measured runs were not used: {error}",)
     if calibration is None:
         return answerer, ()
@@ -156,12 +158,18 @@ def _list_releases(runs: Iterable[Observation], here: str, *, here_only: bool) -
 
 
 def _read_installed_torch() -> str:
-    """Return major and minor of the torch that is installed, without importing it; empty if there is none."""
-    from importlib.metadata import PackageNotFoundError, version
+    """Return major and minor of the torch that is installed, without importing it; empty if there is none.
 
-    from brim.cost.calibration import read_torch
+    Its version.py is read: importing `importlib.metadata` would take half as long as all the rest of history.
+    """
+    from importlib.util import find_spec
 
-    try:
-        return read_torch([("torch", version("torch"))])
-    except PackageNotFoundError:
+    found = find_spec("torch")
+    if found is None or not found.origin:
         return ""
+    try:
+        text = (Path(found.origin).parent / "version.py").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    release = re.search(r"^__version__ = '(\d+\.\d+)", text, re.MULTILINE)
+    return release[1] if release else ""

@@ -39,7 +39,9 @@ def run_history(
       brim history forget --before 2026-01-01
     """
     from brim import api
+    from brim.history.runs import require_store
 
+    require_store()
     wanted = api.Wanted(gpu=gpu, model=model, before=before)
     if action in ("export", "import") and file is None:
         raise InvalidInput(f"name a file: `brim history {action} runs.jsonl`")

@@ -6,7 +6,7 @@ A plan reads the store too, and importing pydantic would take longer than planni
 from __future__ import annotations
 
 import types
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -26,7 +26,7 @@ def rebuild(kind: Any, value: Any) -> Any:
     Raises:
         ValueError: a key is missing, or a value is none of its type.
     """
-    if is_dataclass(kind):
+    if hasattr(kind, "__dataclass_fields__"):
         return value if type(value) is kind else _rebuild_record(kind, value)
     origin, parts = get_origin(kind), get_args(kind)
     if origin is tuple:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
@@ -64,7 +65,7 @@ def list_observations(wanted: Wanted | None = None, *, limit: int | None = None)
         InvalidFile: the store is damaged, of a newer brim, or it cannot be read.
     """
     path = find_store()
-    if path is None or not path.exists():
+    if path is None or not os.path.exists(path):
         return ()
     from brim.history.store import reading
 
@@ -83,7 +84,7 @@ def import_observations(observations: Iterable[Observation]) -> tuple[int, int]:
     """
     runs = list(observations)
     try:
-        new = _insert(_require_store(), runs)
+        new = _insert(require_store(), runs)
     except ValueError as error:
         raise InvalidInput(f"this is no measured run: {quoted(error)}") from None
     return new, len(runs) - new
@@ -92,7 +93,7 @@ def import_observations(observations: Iterable[Observation]) -> tuple[int, int]:
 def count_observations(wanted: Wanted) -> int:
     """Return how many runs are meant."""
     path = find_store()
-    if path is None or not path.exists():
+    if path is None or not os.path.exists(path):
         return 0
     from brim.history.store import reading
 
@@ -107,9 +108,9 @@ def forget(wanted: Wanted) -> int:
     Raises:
         InvalidInput: history is switched off, or no date. InvalidFile: the store cannot be written.
     """
-    path = _require_store()
+    path = require_store()
     where, values = _select(wanted)
-    if not path.exists():
+    if not os.path.exists(path):
         return 0
     from brim.history.store import scrub, writing
 
@@ -119,7 +120,12 @@ def forget(wanted: Wanted) -> int:
     return found
 
 
-def _require_store() -> Path:
+def require_store() -> Path:
+    """Return the file of the store, which need not exist.
+
+    Raises:
+        InvalidInput: history is switched off.
+    """
     path = find_store()
     if path is None:
         raise InvalidInput(f"history is switched off: {VARIABLE}=off")

@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.text import Text
 
 from brim.cost.correction import Calibration
+from brim.history.privacy import find_card_name
 from brim.planner.calibrated import describe_calibrated_speed, describe_calibration
 from brim.report.memory import make_table
 from brim.report.numbers import format_count, format_difference, format_gib, format_seconds
@@ -16,6 +17,7 @@ from brim.report.plan import format_list, format_section
 from brim.report.words import describe_strategy, list_varied
 from brim.spec.observation import Observation
 
+_MOST_ROWS = 40
 _NUMBERS = ("peak GiB", "predicted", "step", "said")
 
 
@@ -24,15 +26,21 @@ def format_history(runs: Sequence[Observation], calibrations: Sequence[Calibrati
     if not runs:
         return Group(Text("No measured runs yet: `brim trial` and watched runs land here."))
     table = make_table("run", "card and model", "strategy", *_NUMBERS, "verdict", right=_NUMBERS, whole=("run",))
-    knobs = list_varied([run.strategy for run in runs])
-    for run in runs:
+    shown = runs[:_MOST_ROWS]
+    knobs = list_varied([run.strategy for run in shown])
+    for run in shown:
         strategy = describe_strategy(run.strategy, knobs)
         model = run.workload.model.name.rpartition("/")[2]
-        what = f"{run.workload.cluster.device.name}\n{model}, {run.workload.recipe.method}"
+        what = f"{find_card_name(run)}\n{model}, {run.workload.recipe.method}"
         table.add_row(f"{run.finished[:10]}\n{run.kind}", what, strategy, *_list_figures(run))
     taught = [line for calibration in calibrations for line in _list_lessons(calibration)]
     none = "nothing yet: three different runs of one card, torch, trainer and family of models are needed"
-    note = f"\n{_count(len(runs))}; predicted: as it was said at the time, with its error against what was measured"
+    listed = (
+        f"the newest {len(shown)} of {_count(len(runs))} (--json has all)"
+        if len(runs) > len(shown)
+        else _count(len(runs))
+    )
+    note = f"\n{listed}; predicted: as it was said at the time, with its error against what was measured"
     return Group(table, Text(note, style="dim"), *format_section("What they teach", format_list(taught or [none])))
 
 
