@@ -167,6 +167,14 @@ def test_what_is_beyond_the_peak_is_learned_too() -> None:
     assert none is not None and none.slack is None, "a device that reserves nothing beyond tells nothing"
 
 
+def test_less_than_weights_and_states_is_no_measurement() -> None:
+    formula = FORMULA._replace(certain=lambda workload, strategy: 4 * GIB)
+    names = {"device": "", "torch": "", "trainer": "", "model_type": ""}
+    runs = [run(micro, 0.5) for micro in (1, 2, 4, 8)]
+    assert fit_calibration(runs, FORMULA, **names) is not None
+    assert fit_calibration(runs, formula, **names) is None, "two of the four are below"
+
+
 def test_noise_corrects_nothing() -> None:
     noise = [Pair(way, 1.0, ratio) for way, ratio in enumerate((0.5, 2.0, 1.01, 0.99))]
     assert fit(noise) is not None and fit_helping(noise) is None

@@ -12,6 +12,7 @@ from planner_toys import make_job, make_plan, toy_answerer
 
 from brim.cost.calibration import SETTLED_RUNS, calibrated_margin_fraction
 from brim.cost.correction import Calibration, Correction
+from brim.cost.estimate import certain_bytes
 from brim.planner.answerer import answer_by_formula
 from brim.planner.calibrated import calibrated, correct, is_meant
 from brim.planner.document import describe_plan, read_plan
@@ -96,6 +97,24 @@ def test_moments_ledgers_and_search_agree(factor: float, error: float, checkpoin
     assert answerer.budget(job.workload).budget_bytes == pytest.approx(
         bare.budget(job.workload).budget_bytes * 1.008 / (1 + calibrated_margin_fraction(known)), rel=1e-3
     )
+
+
+def test_a_peak_is_never_below_weights_and_states() -> None:
+    """Runs full of activations say little of a strategy that is nearly all weights."""
+    job = make_job("8B", "rtx-4090", method="qlora")
+    strategy = replace(
+        make_plan(gpu="rtx-4090").strategy, micro_batch_size=1, gradient_accumulation_steps=32,
+        activation_checkpointing="full",
+    )  # fmt: skip
+    bare = answer_by_formula()
+    answerer = calibrated(bare, make_calibration(0.3), certain_bytes)
+    found, certain = answerer.estimate(job.workload, strategy), certain_bytes(job.workload, strategy)
+    plain = bare.estimate(job.workload, strategy)
+    assert 0.3 * plain.peak_allocated_bytes < certain < plain.peak_allocated_bytes
+    assert found.peak_allocated_bytes == answerer.peak(job.workload, strategy) == certain
+    assert found.peak_allocated_bytes == max(moment.total_bytes for moment in found.moments)
+    ledgers = [moment.ledger for moment in plain.moments]
+    assert certain == max(row.parameters + row.gradients + row.optimizer_states for row in ledgers)
 
 
 def test_other_cards_trainers_and_families_are_answered_as_before() -> None:

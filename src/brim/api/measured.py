@@ -129,20 +129,21 @@ def calibrate(answerer: Answerer, workload: Workload) -> tuple[Answerer, tuple[s
         return answerer, (f"measured runs were not used: {error}",)
     if calibration is None:
         return answerer, ()
+    from brim.cost.estimate import certain_bytes
     from brim.planner.calibrated import calibrated
 
-    return calibrated(answerer, calibration), ()
+    return calibrated(answerer, calibration, certain_bytes), ()
 
 
 def _fit(
     runs: Iterable[Observation], torch: str, *, device: str, trainer: str, model_type: str
 ) -> Calibration | None:  # fmt: skip
     from brim.cost.calibration import Formula, fit_calibration, read_torch
-    from brim.cost.estimate import estimate, peak_bytes
+    from brim.cost.estimate import certain_bytes, estimate, peak_bytes
     from brim.cost.steptime import seconds
 
     alike = [run for run in runs if read_torch(run.versions) == torch]
-    formula = Formula(peak=peak_bytes, seconds=seconds, estimate=estimate)
+    formula = Formula(peak=peak_bytes, seconds=seconds, estimate=estimate, certain=certain_bytes)
     return fit_calibration(alike, formula, device=device, torch=torch, trainer=trainer, model_type=model_type)
 
 

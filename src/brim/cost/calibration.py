@@ -82,6 +82,8 @@ class Formula(NamedTuple):
     """Seconds of an optimizer step."""
     estimate: Callable[[Workload, Strategy], Estimate]
     """The whole answer."""
+    certain: Callable[[Workload, Strategy], int] = lambda workload, strategy: 0
+    """What the peak cannot be below, bytes."""
 
 
 class Pair(NamedTuple):
@@ -98,7 +100,8 @@ def fit_calibration(
     """Return what runs of one card, torch release, trainer and family say of the formula; None if they are too few.
 
     Memory is learned from runs that fitted and whose peak is known: a run that died shows where it died, and one whose
-    allocator had to empty its pool shows less than it wanted.
+    allocator had to empty its pool shows less than it wanted. One that is said to have needed less than its weights and
+    states is another job than was said, or no measurement.
 
     Args:
         observations: the runs, newest first, all of that card, torch, trainer and family.
@@ -106,6 +109,7 @@ def fit_calibration(
         device, torch, trainer, model_type: names of what they have in common.
     """
     runs = [_as_run(one) for one in observations if one.fits and one.peak_allocated_bytes and not one.num_retries]
+    runs = [run for run in runs if (run.peak_allocated_bytes or 0) >= (_ask(formula.certain, run) or 0)]
     answered = [(run, peak) for run in runs if (peak := _ask(formula.peak, run)) is not None]
     allocated = fit([Pair(_way(run), peak, run.peak_allocated_bytes or 0) for run, peak in answered])
     if allocated is None:

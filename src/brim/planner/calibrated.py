@@ -10,7 +10,7 @@ from brim.cost.calibration import calibrated_margin_fraction
 from brim.cost.correction import Calibration, Correction
 from brim.cost.ledger import Estimate, Ledger, Moment, StepTime
 from brim.cost.overhead import context_bytes
-from brim.planner.answerer import Answerer
+from brim.planner.answerer import Answerer, Peak
 from brim.planner.budget import Budget, find_budget
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
@@ -19,7 +19,7 @@ _COUNTED = ("activations", "temporaries", "overhead")
 """Rows that a correction falls on, as long as they can bear it: weights and states are known to the byte."""
 
 
-def calibrated(answerer: Answerer, calibration: Calibration) -> Answerer:
+def calibrated(answerer: Answerer, calibration: Calibration, certain: Peak = lambda workload, strategy: 0) -> Answerer:
     """Return the answerer with its peak and time as measured runs of this card, trainer and family correct them.
 
     Questions about any other card, trainer or family, such as relaxations ask, are answered as before. The margin is
@@ -28,12 +28,15 @@ def calibrated(answerer: Answerer, calibration: Calibration) -> Answerer:
     Args:
         answerer: the formula.
         calibration: what measured runs said of it.
+        certain: what a peak cannot be below, bytes, whatever was measured.
     """
-    allocated, seconds = calibration.allocated, calibration.seconds
+    seconds = calibration.seconds
 
     def peak(workload: Workload, strategy: Strategy) -> int:
         peak_bytes = answerer.peak(workload, strategy)
-        return allocated.scale(peak_bytes) if is_meant(workload, calibration) else peak_bytes
+        if not is_meant(workload, calibration):
+            return peak_bytes
+        return correct_peak(peak_bytes, calibration, certain(workload, strategy))
 
     def step(workload: Workload, strategy: Strategy) -> float | None:
         said = answerer.seconds(workload, strategy)
@@ -41,7 +44,9 @@ def calibrated(answerer: Answerer, calibration: Calibration) -> Answerer:
 
     def estimate(workload: Workload, strategy: Strategy) -> Estimate:
         said = answerer.estimate(workload, strategy)
-        return correct(workload, said, calibration) if is_meant(workload, calibration) else said
+        if not is_meant(workload, calibration):
+            return said
+        return correct(workload, said, calibration, certain(workload, strategy))
 
     return replace(
         answerer, peak=peak, seconds=step, estimate=estimate, budget=_budget(answerer.budget, calibration),
@@ -59,10 +64,19 @@ def is_meant(workload: Workload, calibration: Calibration) -> bool:
     )
 
 
-def correct(workload: Workload, estimate: Estimate, calibration: Calibration) -> Estimate:
+def correct_peak(peak_bytes: int, calibration: Calibration, certain_bytes: int = 0) -> int:
+    """Return a predicted peak corrected, bytes; never below what is certain, unless it was below already."""
+    return max(calibration.allocated.scale(peak_bytes), min(peak_bytes, certain_bytes))
+
+
+def correct(workload: Workload, estimate: Estimate, calibration: Calibration, certain_bytes: int = 0) -> Estimate:
     """Return an estimate of a workload corrected; moments and ledgers still add up."""
-    moments = tuple(_correct_moment(moment, calibration.allocated) for moment in estimate.moments)
-    peak = calibration.allocated.scale(estimate.peak_allocated_bytes)
+    peak = correct_peak(estimate.peak_allocated_bytes, calibration, certain_bytes)
+    highest = estimate.peak_moment
+    moments = tuple(
+        _correct_moment(one, peak if one.name == highest else calibration.allocated.scale(one.total_bytes))
+        for one in estimate.moments
+    )
     slack = estimate.peak_reserved_bytes - estimate.peak_allocated_bytes
     reserved = peak + _scale(slack, calibration.slack)
     outside, context = estimate.device_bytes - estimate.peak_reserved_bytes, context_bytes(workload.cluster.device)
@@ -78,9 +92,9 @@ def _scale(size_bytes: int, correction: Correction | None) -> int:
     return size_bytes if correction is None else correction.scale(size_bytes)
 
 
-def _correct_moment(moment: Moment, correction: Correction) -> Moment:
+def _correct_moment(moment: Moment, wanted: int) -> Moment:
+    """Return a moment whose ledger sums up to a number of bytes."""
     rows = {row.name: getattr(moment.ledger, row.name) for row in fields(Ledger)}
-    wanted = correction.scale(moment.total_bytes)
     added, counted = wanted - moment.total_bytes, {name: rows[name] for name in _COUNTED}
     bearing = counted if sum(counted.values()) + added >= 0 else dict(rows)
     whole = sum(bearing.values())
