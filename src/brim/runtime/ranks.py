@@ -32,6 +32,17 @@ def gather_numbers(
     return [row.tolist() for row in everyone]
 
 
+def reduce_unused(model: Any) -> None:
+    """Let ranks reduce the same under FSDP2: a parameter that a rank did not use counts there with a gradient of 0.
+
+    An expert without a token has no gradient on its rank, and without this ranks hand FSDP2's reduce-scatter different
+    numbers of bytes, which gloo ends with a lost connection and NCCL with a hang. Torch before 2.13 has no such switch.
+    """
+    switch = getattr(model, "set_reduce_scatter_unused_params", None)
+    if switch is not None:
+        switch(True)
+
+
 def share_from_first(value: Any, group: Any = None) -> Any:
     """Return the first rank's value on every rank: all of them measure on the same batch and decide the same."""
     if not is_distributed():
