@@ -64,24 +64,25 @@ def measure(loop: str, sharding: str, only: str) -> None:
             continue
         begin = time.monotonic()
         row |= {"transformers": transformers.__version__, "torch": torch.__version__}
-        row |= prove(case, loop, ranks, sharding)
+        found, lost = prove(case, loop, ranks, sharding)
+        row |= found
         if rank == 0:
             with OUT.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             print(f"{time.monotonic() - begin:.0f} s: {row}", flush=True)
-        if "failed" in row:  # nobody knows what the others still wait for
+        if lost:  # nobody knows what the others still wait for
             time.sleep(0 if rank == 0 else 5)
             os._exit(1)
     dist.destroy_process_group()
 
 
-def prove(case: Any, loop: str, ranks: int, sharding: str) -> Row:
-    """Return the worst error of a class, or why there is none."""
+def prove(case: Any, loop: str, ranks: int, sharding: str) -> tuple[Row, bool]:
+    """Return the worst error of a class, or why there is none, and whether ranks may have lost each other."""
     import transformers
 
     from brim.checks.accumulation import verify_accumulation
     from brim.checks.subjects import build_subject
-    from brim.errors import InseparableLoss, InvalidInput
+    from brim.errors import InseparableLoss, InvalidInput, ProbeFailed
     from brim.runtime.forms import find_exact_form
     from exactness import merge
 
@@ -97,14 +98,16 @@ def prove(case: Any, loop: str, ranks: int, sharding: str) -> Row:
             found: Row = {"refused": error.reason}
             continue
         except InvalidInput as error:
-            return {"refused": str(error)}
+            return {"refused": str(error)}, False
+        except ProbeFailed as error:
+            return {"failed": str(error)}, False
         except Exception as error:
-            return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+            return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}, True
         found = {"exact": report.exact, "error": float(f"{report.worst.error:.2e}"), "causes": list(report.causes),
                  "rows": rows}  # fmt: skip
         if report.padding_error <= 1e-5:
             break
-    return found
+    return found, False
 
 
 def read_rows() -> list[Row]:

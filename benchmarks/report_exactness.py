@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +16,11 @@ _RANKS_INTRO = """## On several ranks
 the window. ddp is `DistributedDataParallel`, as each trainer makes it. fsdp2 is the whole model as one unit in a plain
 loop and under Lightning (`ModelParallelStrategy`), and layer by layer, by Accelerate's own code, for HF, TRL and
 Accelerate. Accelerate runs that code on accelerators only: on the CPU it puts its FSDP plugin aside and replicates,
-without a word. Here it was told to shard nevertheless (`brim.checks.fsdp2`), and each parameter was seen to be sharded.
+without a word. Here it was told to shard nevertheless (`brim.checks.fsdp2`). What it cannot shard, with or without
+brim, is no row of brim's.
 """
+_PARTICULARS = r" '[\w.]+'(?= is shared)| \w+Model(?=;)| \(\d+ and \d+ terms in one batch\)|'\w+Config'(?= object)"
+"""What a reason says of one class only."""
 _CAUSES = {
     "not_divided": "the sum of k micro-batches, not their mean: the gradient is k times too large",
     "mean_of_means": "every micro-batch weighs the same, however many targets it has",
@@ -171,7 +175,7 @@ def _ranks(rows: Sequence[Row]) -> str:
     if not rows:
         return ""
     lines = [
-        "| loop | ranks | sharding | classes | exact | refused | not measured | wrong | worst error |",
+        "| loop | ranks | sharding | classes | exact | refused | fails without brim too | wrong | worst error |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for loop, name in _RANK_LOOPS.items():
@@ -190,11 +194,16 @@ def _ranks_counts(rows: Sequence[Row]) -> str:
 
 
 def _ranks_reasons(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield what was not exact: each reason once, with its classes and where they met it."""
+    """Yield what was not exact: each reason once, with its classes and where they met it.
+
+    Classes stand together where only their names, a parameter's name or numbers of terms differ.
+    """
     found: dict[str, list[Row]] = {}
     for row in rows:
         if not row.get("exact"):
-            found.setdefault(str(row.get("refused") or row.get("failed") or row["causes"]), []).append(row)
+            reason = str(row.get("refused") or row.get("failed") or row["causes"])
+            reason = reason.replace(row["class"].split()[0], "...")
+            found.setdefault(re.sub(_PARTICULARS, " ...", reason), []).append(row)
     for reason, met in found.items():
         classes = ", ".join(dict.fromkeys(row["class"] for row in met))
         places = {(row["loop"], row["sharding"]) for row in met}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import tempfile
 import warnings
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from brim.checks.accumulation import Inputs, Split, Subject
 from brim.checks.gradients import CaptureOptimizer
 from brim.checks.loops import own_loss, wrap
+from brim.checks.small import copy_model
 from brim.checks.trainers import list_versions, place_of
 from brim.errors import MissingExtra
 
@@ -46,7 +46,7 @@ def lightning_subject(
     class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
-            self.model = copy.deepcopy(model).train()
+            self.model = copy_model(model).train()
 
         def configure_model(self) -> None:
             if num_ranks > 1 and sharding == "fsdp2":
