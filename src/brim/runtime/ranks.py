@@ -36,7 +36,10 @@ def reduce_unused(model: Any) -> None:
     """Let ranks reduce the same under FSDP2: a parameter that a rank did not use counts there with a gradient of 0.
 
     An expert without a token has no gradient on its rank, and without this ranks hand FSDP2's reduce-scatter different
-    numbers of bytes, which gloo ends with a lost connection and NCCL with a hang. Torch before 2.13 has no such switch.
+    numbers of bytes, which gloo ends with a lost connection and NCCL with a hang.
+
+    Leaves out: what no rank used in a step gets 0 too, where a single process has no gradient; Adam then moves it by
+    its momentum and decay. Torch without this switch (2.13 has it): there all ranks must use the same parameters.
     """
     switch = getattr(model, "set_reduce_scatter_unused_params", None)
     if switch is not None:
