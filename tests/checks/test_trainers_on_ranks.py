@@ -56,6 +56,13 @@ def check_trainers(rank: int) -> None:
     check_exact("accelerate", "fsdp2", "MixtralForCausalLM")
 
 
+def check_head(rank: int) -> None:
+    """TRL reads the weight of a head that is sharded by itself, and leaves its gradient unreduced."""
+    if find_spec("trl") is None:
+        return
+    check_exact("sft", "fsdp2", "LlavaForConditionalGeneration")
+
+
 def check_lightning(rank: int) -> None:
     if find_spec("lightning") is None:
         return
@@ -105,7 +112,7 @@ def noting(optimizer: CaptureOptimizer, closure: Any = None) -> Any:
 
 
 CHECKS: tuple[Callable[[int], None], ...] = (
-    check_trainers, check_lightning, check_stock, check_own_arguments, check_dealing,
+    check_trainers, check_head, check_lightning, check_stock, check_own_arguments, check_dealing,
 )  # fmt: skip
 
 
