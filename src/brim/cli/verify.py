@@ -13,7 +13,7 @@ _SUBJECT = typer.Argument(
 )
 _TRAINER = typer.Option(None, "--trainer", metavar="NAME", help="hf, sft, dpo, plain, accelerate or lightning.")
 _RANKS = typer.Option("1", "--ranks", metavar="N", help="Data-parallel ranks under torchrun: 1, 2, 4 or 8.")
-_SHARDING = typer.Option("ddp", "--sharding", metavar="NAME", help="ddp, or fsdp2 for a plain loop on several ranks.")
+_SHARDING = typer.Option("ddp", "--sharding", metavar="NAME", help="On several ranks: ddp or fsdp2.")
 _GUARDED = typer.Option(False, "--guarded", help="Verify the loop made exact by brim, not as installed.")
 _FULL = typer.Option(False, "--full-size", help="Your trainer's own model where it is, not a small copy on the CPU.")
 _HTML = typer.Option(None, "--html", metavar="FILE", help="Draw the error of every split.")
@@ -43,10 +43,12 @@ def run_verify(
     """
     from brim import api
     from brim.checks.ranks import leave_report
-    from brim.checks.script import is_plan
+    from brim.checks.script import is_plan, is_script
 
     if not ranks.isdecimal():
         raise InvalidInput(f"--ranks must be 1, 2, 4 or 8, not {quoted(ranks)}")
+    if sharding != "ddp" and is_script(subject):
+        raise InvalidInput("--sharding goes with a model; a trainer of your own says fsdp=True in its arguments")
     report = api.verify_accumulation(
         subject, trainer=trainer, ranks=int(ranks), sharding=sharding, guarded=guarded, full_size=full_size
     )
