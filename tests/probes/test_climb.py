@@ -86,8 +86,9 @@ def test_what_ran_corrects_what_was_predicted() -> None:
 def test_fifty_simulated_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS / "devices"))
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from searches import run_climb
     from simulated import read_devices
+
+    from searches import run_climb
 
     bills = [run_climb(device) for device in read_devices()]
     assert mean(bill.seconds for bill in bills) <= 3.0
