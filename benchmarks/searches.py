@@ -20,7 +20,7 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).parent / "devices"))
 
 from make import make
-from simulated import VARIANTS, SimulatedDevice, read_devices
+from simulated import VARIANTS, Answer, SimulatedDevice, read_devices
 
 from brim.probes.climb import climb
 from brim.probes.ladder import Candidate, Outcome
@@ -40,12 +40,16 @@ class Bill:
     variant: str = "none"
     effective_batch_size: int = 0
 
-    def fits(self, size: int, variant: str, steps: int = 1) -> bool:
-        """Run a strategy for some steps; return whether it did not run out of memory."""
+    def run(self, size: int, variant: str, steps: int = 1) -> Answer:
+        """Run a strategy for some steps, and note what that costs."""
         answer = self.device.run(size, variant)
         self.runs += 1 if answer.died else steps
         self.ooms += answer.died
-        return not answer.died
+        return answer
+
+    def fits(self, size: int, variant: str, steps: int = 1) -> bool:
+        """Run a strategy for some steps; return whether it did not run out of memory."""
+        return not self.run(size, variant, steps).died
 
     def choose(self, size: int, variant: str, effective_batch_size: int) -> None:
         """Note the choice."""
@@ -94,8 +98,7 @@ def run_climb(device: SimulatedDevice) -> Bill:
 
     def run(strategy: Strategy) -> Outcome:
         size, variant = strategy.micro_batch_size, strategy.activation_checkpointing
-        answer = device.run(size, variant)
-        bill.fits(size, variant)
+        answer = bill.run(size, variant)
         if answer.died:
             return Outcome(strategy=strategy, fits=False, died=True, problem="out of memory")
         return Outcome(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -14,10 +11,8 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import transformers
+from two_ranks import run_both, run_checks
 
 from brim.checks import diagnose, trainers
 from brim.checks.accumulation import Split, Subject, verify_accumulation
@@ -117,29 +112,11 @@ CHECKS: tuple[Callable[[int], None], ...] = (
 
 
 def run_rank(rank: int, port: int) -> None:
-    """Run every check on one rank; the first that fails ends both ranks."""
-    torch.set_num_threads(1)
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-        LOCAL_WORLD_SIZE="2", GROUP_RANK="0", TORCHELASTIC_RUN_ID="test", ACCELERATE_USE_CPU="true", CI="1",
-        OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    dist.init_process_group("gloo", rank=rank, world_size=2)
     CaptureOptimizer.step = noting  # type: ignore[method-assign]
-    for check in CHECKS:
-        check(rank)
-        dist.barrier()
-    dist.destroy_process_group()
+    run_checks(
+        rank, port, CHECKS, LOCAL_WORLD_SIZE="2", TORCHELASTIC_RUN_ID="test", CI="1", OMP_NUM_THREADS="1",
+    )  # fmt: skip
 
 
 def test_trainers_on_two_ranks() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running: Any = mp.spawn(run_rank, args=(port,), nprocs=2, join=False)
-    started = time.monotonic()
-    while not running.join(timeout=5):
-        if time.monotonic() - started > 200:
-            for process in running.processes:
-                process.kill()
-            raise AssertionError("ranks wait for each other")
+    run_both(run_rank, most_seconds=200)

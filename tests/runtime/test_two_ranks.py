@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate import Accelerator
 from runtime_toys import (
     EXACT,
@@ -31,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_outputs import CausalLMOutput
+from two_ranks import run_both, run_checks
 
 from brim.runtime.accelerate_loop import exact_accelerate
 from brim.runtime.accumulate import accumulate
@@ -207,27 +204,8 @@ CHECKS: tuple[Callable[[int], None], ...] = (
 
 
 def run_rank(rank: int, port: int) -> None:
-    """Run every check on one rank; the first that fails ends both ranks."""
-    torch.set_num_threads(1)
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-        GROUP_RANK="0", ACCELERATE_USE_CPU="true",
-    )  # fmt: skip
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    for check in CHECKS:
-        check(rank)
-        dist.barrier()
-    dist.destroy_process_group()
+    run_checks(rank, port, CHECKS)
 
 
 def test_two_ranks_take_the_big_batchs_steps() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running: Any = mp.spawn(run_rank, args=(port,), nprocs=2, join=False)
-    started = time.monotonic()
-    while not running.join(timeout=5):
-        if time.monotonic() - started > 150:
-            for process in running.processes:
-                process.kill()
-            raise AssertionError("ranks wait for each other")
+    run_both(run_rank, most_seconds=150)

@@ -50,13 +50,10 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         InvalidFile: the file is missing, no regular file, too large, broken, of a newer schema, or it names an
             optimizer, trainer or task that no table has.
     """
-    from brim.readers.regular_file import open_regular
+    from brim.readers.regular_file import read_whole
 
     name = os.fspath(path)
-    with open_regular(name) as (file, _):
-        raw = file.read(_LARGEST_PLAN_BYTES + 1)
-    if len(raw) > _LARGEST_PLAN_BYTES:
-        raise InvalidFile(path=name, problem=f"is larger than {_LARGEST_PLAN_BYTES:,} bytes; no plan is")
+    raw = read_whole(name, _LARGEST_PLAN_BYTES, "no plan is")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:

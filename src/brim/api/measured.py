@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from brim.errors import InvalidFile
 from brim.exporters.files import write_text
+from brim.history.place import find_existing
 from brim.history.runs import (
     Wanted,
     add_observation,
@@ -59,14 +60,10 @@ def import_history(path: str | os.PathLike[str]) -> tuple[int, int]:
         InvalidFile: the file or a line of it is broken, or the history cannot be written.
     """
     from brim.history.document import read_lines
-    from brim.readers.regular_file import open_regular
+    from brim.readers.regular_file import read_whole
 
     name = os.fspath(path)
-    with open_regular(name) as (file, _):
-        raw = file.read(_LARGEST_FILE_BYTES + 1)
-    if len(raw) > _LARGEST_FILE_BYTES:
-        raise InvalidFile(path=name, problem=f"is larger than {_LARGEST_FILE_BYTES:,} bytes; import it in parts")
-    return import_observations(read_lines(raw, path=name))
+    return import_observations(read_lines(read_whole(name, _LARGEST_FILE_BYTES, "import it in parts"), path=name))
 
 
 def describe_observations(observations: Iterable[Observation]) -> list[dict[str, Any]]:
@@ -85,10 +82,7 @@ def find_calibration(workload: Workload) -> Calibration | None:
     Raises:
         InvalidFile: the history cannot be read.
     """
-    from brim.history.place import find_store
-
-    store = find_store()
-    if store is None or not os.path.exists(store):
+    if find_existing() is None:
         return None
     from brim.history.privacy import name_card, name_family
 

@@ -25,18 +25,22 @@ def verify_accumulation(
         subject: a model as for `plan`, a saved plan, `train.py:make_trainer`, or a function that returns a trainer.
         trainer: hf, sft, dpo, plain, accelerate or lightning; the plan's, or hf, if None.
         ranks: data-parallel ranks, started with torchrun on this machine's CPU.
-        sharding: ddp, or fsdp2 for a plain loop.
+        sharding: ddp or fsdp2, where there are several ranks; a trainer of your own says it in its arguments.
         guarded: verify the loop made exact by brim, not as installed.
         full_size: take a trainer's own model where it is, not a small copy on the CPU.
 
     Raises:
+        InvalidInput: a sharding with a trainer of your own, or a function on several ranks.
         InseparableLoss: no split over micro-batches leaves the loss as it is.
         ProbeFailed: the model cannot be built small, or the ranks died.
     """
     from brim.checks.accumulation import verify_accumulation as prove
     from brim.checks.ranks import join_ranks, run_ranks
     from brim.checks.report import AccumulationReport
+    from brim.checks.script import is_script
 
+    if sharding != "ddp" and (not isinstance(subject, str) or is_script(subject)):
+        raise InvalidInput("--sharding goes with a model; a trainer of your own says fsdp=True in its arguments")
     if ranks == 1:
         join_ranks()
         return prove(_read_subject(subject, trainer, sharding, guarded=guarded, full_size=full_size))

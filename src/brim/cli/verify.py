@@ -43,12 +43,10 @@ def run_verify(
     """
     from brim import api
     from brim.checks.ranks import leave_report
-    from brim.checks.script import is_plan, is_script
+    from brim.checks.script import is_plan
 
     if not ranks.isdecimal():
         raise InvalidInput(f"--ranks must be 1, 2, 4 or 8, not {quoted(ranks)}")
-    if sharding != "ddp" and is_script(subject):
-        raise InvalidInput("--sharding goes with a model; a trainer of your own says fsdp=True in its arguments")
     report = api.verify_accumulation(
         subject, trainer=trainer, ranks=int(ranks), sharding=sharding, guarded=guarded, full_size=full_size
     )

@@ -9,7 +9,7 @@ from functools import cache
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from brim.errors import InvalidFile, quoted
+from brim.errors import InvalidFile, first_line, quoted
 from brim.history.rebuild import list_kinds
 from brim.spec.observation import Observation
 
@@ -57,6 +57,8 @@ def read_line(text: str) -> Observation:
     """
     from pydantic import ValidationError
 
+    from brim.planner.document import describe_problem  # needs pydantic, which reading a store does without
+
     if len(text) > LONGEST_LINE:
         raise ValueError(f"is longer than {LONGEST_LINE:,} characters; no run is")
     document = _parse(text)
@@ -68,7 +70,7 @@ def read_line(text: str) -> Observation:
     try:
         observation = _adapter().validate_json(json.dumps(document))
     except ValidationError as error:
-        raise ValueError(_first_problem(error)) from None
+        raise ValueError(describe_problem(error, "the run")) from None
     _check_counts(observation)
     return observation
 
@@ -95,7 +97,7 @@ def read_lines(raw: bytes, *, path: str) -> list[Observation]:
             if text:
                 found.append(read_line(text))
         except (ValueError, RecursionError) as error:
-            said = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else _first_line(error)
+            said = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else first_line(error)
             raise InvalidFile(path=path, problem=f"line {number}: {said}; nothing was imported") from None
     return found
 
@@ -121,16 +123,6 @@ def _parse(text: str) -> dict[str, Any]:
             raise ValueError("holds unprintable text")
         stack.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
     return document
-
-
-def _first_problem(error: Any) -> str:
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])[:120]
-    return f"{where}: {first['msg']}"
-
-
-def _first_line(error: Exception) -> str:
-    return quoted(str(error).splitlines()[0] if str(error) else "unreadable")[1:-1]
 
 
 def _check_counts(observation: Observation) -> None:

@@ -25,3 +25,13 @@ def find_store() -> Path | None:
     from platformdirs import user_data_dir
 
     return Path(user_data_dir("brim", appauthor=False)) / "history.sqlite"
+
+
+def find_existing() -> Path | None:
+    """Return the file of the store; None where history is switched off or nothing was noted yet.
+
+    Raises:
+        RuntimeError: the user has no home.
+    """
+    path = find_store()
+    return path if path is not None and os.path.exists(path) else None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from brim.errors import BrimError, InvalidInput, quoted
-from brim.history.place import VARIABLE, find_store
+from brim.history.place import VARIABLE, find_existing, find_store
 
 if TYPE_CHECKING:
     from sqlite3 import Connection
@@ -64,8 +64,8 @@ def list_observations(wanted: Wanted | None = None, *, limit: int | None = None)
     Raises:
         InvalidFile: the store is damaged, of a newer brim, or it cannot be read.
     """
-    path = find_store()
-    if path is None or not os.path.exists(path):
+    path = find_existing()
+    if path is None:
         return ()
     from brim.history.store import reading
 
@@ -92,8 +92,8 @@ def import_observations(observations: Iterable[Observation]) -> tuple[int, int]:
 
 def count_observations(wanted: Wanted) -> int:
     """Return how many runs are meant."""
-    path = find_store()
-    if path is None or not os.path.exists(path):
+    path = find_existing()
+    if path is None:
         return 0
     from brim.history.store import reading
 

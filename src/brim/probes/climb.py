@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log
 
-from brim.probes.ladder import UNTRIED_SPREAD, Candidate, Ladder, Outcome
+from brim.probes.ladder import TELLING, UNTRIED_SPREAD, Candidate, Ladder, Outcome
 from brim.spec.strategy import Strategy
 
 Run = Callable[[Strategy], Outcome]
@@ -71,16 +71,20 @@ def climb(
 def find_best(ladder: Ladder) -> Outcome | None:
     """Return the fastest run that fits; None if there is none."""
     fitting = [one for one in ladder.tried.values() if one.fits and one.seconds is not None]
-    return min(fitting, key=lambda one: one.seconds or 0.0, default=None)
+    return min(fitting, key=_seconds, default=None)
+
+
+def _seconds(outcome: Outcome | None) -> float:
+    """Return the time of a run; endless where there is none."""
+    return float("inf") if outcome is None or outcome.seconds is None else outcome.seconds
 
 
 def pick_next(ladder: Ladder, limit_bytes: int) -> Candidate | None:
     """Return what to run next; None when no run is worth its time."""
-    if ladder.tried and find_best(ladder) is None:
+    best = find_best(ladder)
+    if ladder.tried and best is None:
         return find_lightest(ladder)  # the prediction is far off: nothing in between is worth a second failure
-    hopeful = list_hopeful(ladder, limit_bytes)
-    while hopeful:
-        target = hopeful.pop(0)
+    for target in list_hopeful(ladder, limit_bytes, best):
         seen = ladder.range_of(target)
         if seen.high <= limit_bytes:
             return target
@@ -89,9 +93,9 @@ def pick_next(ladder: Ladder, limit_bytes: int) -> Candidate | None:
             return narrower
         if seen.likely + RISK_FRACTION * (seen.high - seen.likely) <= limit_bytes:
             return target
-    if find_best(ladder) is None:
+    if best is None:
         return find_lightest(ladder)
-    return find_smaller(ladder) or find_other_kind(ladder, limit_bytes)
+    return find_smaller(ladder, best) or find_other_kind(ladder, limit_bytes, best)
 
 
 def find_lightest(ladder: Ladder) -> Candidate | None:
@@ -100,42 +104,35 @@ def find_lightest(ladder: Ladder) -> Candidate | None:
     return None if lightest.strategy in ladder.tried else lightest
 
 
-def find_smaller(ladder: Ladder) -> Candidate | None:
+def find_smaller(ladder: Ladder, best: Outcome) -> Candidate | None:
     """Return a much smaller micro-batch of the best one's kind: the largest that fits is not always the fastest, and no
     prediction says so. None where such a one was run, or is expected to be far slower."""
-    best = find_best(ladder)
-    if best is None or best.seconds is None:
-        return None
     size = best.strategy.micro_batch_size
-    mine = [one for one in ladder.candidates if ladder.kind(one) == ladder.kind(best)]
-    if any(one.strategy in ladder.tried and one.strategy.micro_batch_size <= size / 4 for one in mine):
+    if any(one.strategy.micro_batch_size <= size / 4 for one in ladder.ran(best)):
         return None
-    smaller = [one for one in mine if one.strategy.micro_batch_size <= size / 2 and one.strategy not in ladder.tried]
+    smaller = [
+        one for one in ladder.kin(best)
+        if one.strategy.micro_batch_size <= size / 2 and one.strategy not in ladder.tried
+    ]  # fmt: skip
     middle = min(smaller, key=lambda one: abs(log(one.strategy.micro_batch_size) - log(size) / 2), default=None)
-    slowest = best.seconds * (1 + SMALLER_FRACTION)
+    slowest = _seconds(best) * (1 + SMALLER_FRACTION)
     return middle if middle is not None and ladder.seconds_of(middle) <= slowest else None
 
 
-def find_other_kind(ladder: Ladder, limit_bytes: int) -> Candidate | None:
+def find_other_kind(ladder: Ladder, limit_bytes: int, best: Outcome) -> Candidate | None:
     """Return the fastest safe candidate of a kind that never ran and is expected to be hardly slower than the best: how
     time falls with the micro-batch is the prediction's weakest part, and kinds are compared across it."""
-    best = find_best(ladder)
-    if best is None or best.seconds is None:
-        return None
-    ran = {ladder.kind(one) for one in ladder.tried.values()}
-    slowest = best.seconds * (1 + OTHER_KIND_FRACTION)
+    slowest = _seconds(best) * (1 + OTHER_KIND_FRACTION)
     found = [
         one for one in ladder.candidates
-        if ladder.kind(one) not in ran and ladder.seconds_of(one) <= slowest
-        and ladder.range_of(one).high <= limit_bytes
+        if not ladder.ran(one) and ladder.seconds_of(one) <= slowest and ladder.range_of(one).high <= limit_bytes
     ]  # fmt: skip
     return min(found, key=ladder.seconds_of, default=None)
 
 
-def list_hopeful(ladder: Ladder, limit_bytes: int) -> list[Candidate]:
-    """Return untried candidates that may fit and are expected to be faster than what ran, fastest first."""
-    best = find_best(ladder)
-    below = float("inf") if best is None or best.seconds is None else best.seconds * (1 - FASTER_FRACTION)
+def list_hopeful(ladder: Ladder, limit_bytes: int, best: Outcome | None) -> list[Candidate]:
+    """Return untried candidates that may fit and are expected to be faster than the best run, fastest first."""
+    below = _seconds(best) * (1 - FASTER_FRACTION)
     found = [
         (ladder.seconds_of(one), one) for one in ladder.candidates
         if one.strategy not in ladder.tried and not ladder.fails(one) and ladder.range_of(one).low <= limit_bytes
@@ -157,6 +154,4 @@ def _find_narrower(ladder: Ladder, target: Candidate, limit_bytes: int) -> Candi
 
 def _tells(ladder: Ladder, one: Candidate) -> bool:
     """Whether running a candidate would show more than what ran: it lies well above the largest of its kind."""
-    ran = [other.peak_bytes for other in ladder.candidates
-           if other.strategy in ladder.tried and ladder.kind(other) == ladder.kind(one)]  # fmt: skip
-    return one.peak_bytes > max(ran, default=0) * 1.02
+    return one.peak_bytes > max((other.peak_bytes for other in ladder.ran(one)), default=0) * TELLING

@@ -25,7 +25,7 @@ _NEAR_SLOPE = 0.1
 """How far the growth beyond two runs may be from that between them."""
 _CLOSE = 8.0
 """Runs whose micro-batches are at most so many times apart are searched between."""
-_TELLING = 1.02
+TELLING = 1.02
 """Predictions closer than this say nothing of how memory grows: the peak lies where the micro-batch plays no part."""
 
 
@@ -82,31 +82,39 @@ class Ladder:
         """Return the knobs of a strategy, its split left out."""
         return knobs_of(one.strategy)
 
+    def kin(self, one: Candidate | Outcome) -> list[Candidate]:
+        """Return every candidate of a kind."""
+        return [other for other in self.candidates if self.kind(other) == self.kind(one)]
+
+    def ran(self, one: Candidate | Outcome) -> list[Candidate]:
+        """Return the candidates of a kind that were run."""
+        return [other for other in self.kin(one) if other.strategy in self.tried]
+
     def note(self, outcome: Outcome) -> None:
         """Learn from a run."""
         self.tried[outcome.strategy] = outcome
 
     def range_of(self, candidate: Candidate) -> Range:
         """Return the bytes that an untried candidate may hold."""
-        points = self._points(candidate)
+        points = self._list_points(self.kin(candidate))
         below = [point for point in points if point[0] < candidate.peak_bytes]
         above = [point for point in points if point[0] >= candidate.peak_bytes]
-        if len(below) > 1 and below[-1][0] > below[0][0] * _TELLING:
-            first = max(point for point in below if below[-1][0] > point[0] * _TELLING)
+        if len(below) > 1 and below[-1][0] > below[0][0] * TELLING:
+            first = max(point for point in below if below[-1][0] > point[0] * TELLING)
             return _from_two(first, below[-1], candidate.peak_bytes)
         if below:
             return self._from_one(below[-1], candidate)
         if above:  # less than something that was measured
             held = above[0][1]
             return Range(0.0, held * candidate.peak_bytes / above[0][0], held)
-        ratios = [point[1] / point[0] for other in self.candidates for point in self._points(other)]
+        ratios = [held / predicted for predicted, held in self._list_points(self.candidates)]
         likely = candidate.peak_bytes * (median(ratios) if ratios else 1.0)
         spread = min(_OTHER_KIND, self.spread) if ratios else self.spread
         return Range(likely / (1 + spread), likely, likely * (1 + spread))
 
     def seconds_of(self, candidate: Candidate) -> float:
         """Return the likely time of an untried candidate: as predicted, times what predictions were off nearby."""
-        near = self._ratios(candidate) or self._all_ratios()
+        near = self._list_ratios(self.ran(candidate)) or self._list_ratios(self.candidates)
         if not near:
             return candidate.seconds
         size = log(candidate.strategy.micro_batch_size)
@@ -121,22 +129,20 @@ class Ladder:
 
     def fails(self, candidate: Candidate) -> bool:
         """Whether a smaller micro-batch of its kind did not fit."""
-        mine = self.kind(candidate)
-        sizes = [one.strategy.micro_batch_size for one in self.tried.values()
-                 if not one.fits and self.kind(one) == mine]  # fmt: skip
-        return candidate.strategy.micro_batch_size >= min(sizes, default=candidate.strategy.micro_batch_size + 1)
+        size = candidate.strategy.micro_batch_size
+        failed = [one for one in self.ran(candidate) if not self.tried[one.strategy].fits]
+        return any(one.strategy.micro_batch_size <= size for one in failed)
 
     def lowest_bytes(self, candidate: Candidate) -> int:
         """Return the lowest prediction of a candidate's kind: what does not grow with the micro-batch is in it."""
-        mine = self.kind(candidate)
-        return min(one.peak_bytes for one in self.candidates if self.kind(one) == mine)
+        return min(one.peak_bytes for one in self.kin(candidate))
 
     def _from_one(self, point: tuple[int, int], candidate: Candidate) -> Range:
         """Beyond one run: all of the prediction may be off alike, or the growing part alone, or the fixed part."""
         predicted, held = point
         grows, ratio = candidate.peak_bytes - predicted, held / predicted
         fixed = self.lowest_bytes(candidate)
-        if predicted > fixed * _TELLING and held > fixed:
+        if predicted > fixed * TELLING and held > fixed:
             steepest = max(ratio, (held - fixed) / (predicted - fixed), 1.0)
         else:  # nothing of what grows has been seen
             steepest = max(ratio, 1.0) * (1 + self._spread_after(ratio))
@@ -147,27 +153,18 @@ class Ladder:
         """How far growth may be off, after a run that was off by a ratio: who was right there is trusted further."""
         return min(self.spread, max(_LEAST_SPREAD, 3 * abs(log(ratio))))
 
-    def _points(self, candidate: Candidate) -> list[tuple[int, int]]:
-        """Return (predicted, held) of what was run of a candidate's kind, in order of size."""
-        mine = self.kind(candidate)
-        found = [
-            (one.peak_bytes, self.tried[one.strategy].held_bytes)
-            for one in self.candidates if one.strategy in self.tried and self.kind(one) == mine
-        ]  # fmt: skip
-        return sorted((predicted, held) for predicted, held in found if held is not None)
+    def _list_points(self, candidates: Sequence[Candidate]) -> list[tuple[int, int]]:
+        """Return (predicted, held) of the candidates that ran to their end, in order of size."""
+        ran = [(one.peak_bytes, self.tried[one.strategy]) for one in candidates if one.strategy in self.tried]
+        return sorted((predicted, outcome.held_bytes) for predicted, outcome in ran if outcome.held_bytes is not None)
 
-    def _ratios(self, candidate: Candidate) -> list[tuple[float, float]]:
-        mine = self.kind(candidate)
-        return [pair for one in self.candidates if self.kind(one) == mine for pair in self._ratio(one)]
-
-    def _all_ratios(self) -> list[tuple[float, float]]:
-        return sorted(pair for one in self.candidates for pair in self._ratio(one))
-
-    def _ratio(self, one: Candidate) -> list[tuple[float, float]]:
-        outcome = self.tried.get(one.strategy)
-        if outcome is None or outcome.seconds is None or not outcome.fits:
-            return []
-        return [(log(one.strategy.micro_batch_size), outcome.seconds / one.seconds)]
+    def _list_ratios(self, candidates: Sequence[Candidate]) -> list[tuple[float, float]]:
+        """Return (logarithm of the micro-batch, measured over predicted seconds) of the candidates that fit."""
+        ran = [(one, self.tried[one.strategy]) for one in candidates if one.strategy in self.tried]
+        return sorted(
+            (log(one.strategy.micro_batch_size), outcome.seconds / one.seconds)
+            for one, outcome in ran if outcome.fits and outcome.seconds is not None
+        )  # fmt: skip
 
 
 def _from_two(first: tuple[int, int], second: tuple[int, int], predicted: int) -> Range:
