@@ -1,0 +1,179 @@
+"""Ranks agree before each collective: no rank enters one that another will not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from brim.runtime.ranks import is_distributed
+from brim.runtime.restore import is_out_of_memory, is_sharded, list_sharded
+
+_BUCKET_BYTES = 25 * 2**20
+"""Gradients are reduced in buckets as large as DDP's. Source: torch/nn/parallel/distributed.py, `bucket_cap_mb`."""
+
+
+class PeerOutOfMemory(torch.OutOfMemoryError):
+    """Another rank has run out of memory; it waits for this one to stop as well."""
+
+
+class Agreement:
+    """A word between ranks, over a process group of its own that lives on the host.
+
+    While an attempt is open, every collective of the step is preceded by a word. The rank that failed says so where the
+    others ask next, so that all leave the attempt together, and nobody is left alone in a collective.
+    """
+
+    def __init__(self, group: Any = None, timeout_seconds: float = 600.0) -> None:
+        """Make the group. A collective: every rank makes its agreement at the same place.
+
+        Args:
+            group: data-parallel process group; the default one if None.
+            timeout_seconds: how long a rank waits for the others.
+        """
+        self.is_open = False
+        self.num_words = 0
+        self._group = None
+        if is_distributed() and dist.get_world_size(group) > 1:
+            ranks = dist.get_process_group_ranks(group) if group is not None else None
+            self._group = dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+
+    @property
+    def group(self) -> Any:
+        """The process group of the words, on the host; None where there is one rank."""
+        return self._group
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that agree."""
+        return dist.get_world_size(self._group) if self._group is not None else 1
+
+    def gather_worst(self, numbers: Sequence[int]) -> list[int]:
+        """Return the largest of each number over all ranks."""
+        if self._group is None:
+            return list(numbers)
+        self.num_words += 1
+        word = torch.tensor(list(numbers), dtype=torch.int64)
+        dist.all_reduce(word, dist.ReduceOp.MAX, group=self._group)
+        return word.tolist()
+
+    def anyone(self, failed: bool) -> bool:
+        """Return whether any rank has failed; each says whether it has."""
+        return bool(self.gather_worst([int(failed)])[0])
+
+    def check(self) -> None:
+        """Ask before a collective of an open attempt.
+
+        Raises:
+            PeerOutOfMemory: another rank has failed, and this one closes its attempt as well.
+        """
+        if self.is_open and self._group is not None and self.anyone(False):
+            self.is_open = False
+            raise PeerOutOfMemory("another rank is out of memory")
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """While entered, collectives ask first; a rank that fails tells the others once."""
+        self.is_open = True
+        try:
+            yield
+        except BaseException as error:
+            if self.is_open and is_out_of_memory(error):
+                self.is_open = False
+                self.anyone(True)
+            raise
+        finally:
+            self.is_open = False
+
+
+class _Asking:
+    """A collective of FSDP2 that asks before it begins; memory for it was allocated before."""
+
+    def __init__(self, comm: Any, check: Callable[[], None]) -> None:
+        self._comm, self._check = comm, check
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._comm, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._check()
+        return self._comm(*args, **kwargs)
+
+
+def ask_in_sharded(model: nn.Module, agreement: Agreement) -> None:
+    """Let every all-gather and reduce-scatter of an FSDP2 module ask first. Calling it again changes nothing."""
+    for part in model.modules():
+        for group in list_sharded(part):
+            for name in ("_all_gather_comm", "_reduce_scatter_comm"):
+                comm = getattr(group, name)
+                if not isinstance(comm, _Asking):
+                    setattr(group, name, _Asking(comm, agreement.check))
+
+
+def reduce_gradients(model: nn.Module, agreement: Agreement, group: Any = None) -> None:
+    """Average gradients over ranks, as DDP does in backward, once all ranks agree that they have theirs.
+
+    Raises:
+        PeerOutOfMemory, torch.OutOfMemoryError: before any gradient was reduced; on every rank.
+    """
+    if agreement.num_ranks == 1 or is_sharded(model):
+        return
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    has = [int(parameter.grad is not None) for parameter in trained]
+    agreement.check()  # a rank that failed says one word, and waits here for no other
+    used = [one for one, anybody in zip(trained, agreement.gather_worst(has), strict=True) if anybody]
+    for parameter in used:
+        if parameter.grad is None:  # unused on this rank alone
+            parameter.grad = torch.zeros_like(parameter)
+    buckets = list(_fill_buckets([parameter.grad for parameter in used]))
+    room = _make_room(buckets)
+    agreement.check()
+    for bucket in buckets:
+        _reduce_bucket(bucket, room, agreement.num_ranks, group)
+
+
+def _fill_buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield gradients of one dtype and device that go together, in the order of the parameters."""
+    bucket: list[Tensor] = []
+    held = 0
+    for gradient in gradients:
+        alike = not bucket or (bucket[0].dtype, bucket[0].device) == (gradient.dtype, gradient.device)
+        if bucket and (not alike or held + gradient.nbytes > _BUCKET_BYTES):
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(gradient)
+        held += gradient.nbytes
+    if bucket:
+        yield bucket
+
+
+def _make_room(buckets: Sequence[Sequence[Tensor]]) -> dict[Any, Tensor]:
+    """Return one flat buffer for each dtype and device; a bucket of a single gradient needs none."""
+    most: dict[Any, int] = {}
+    for bucket in buckets:
+        if len(bucket) > 1 or not bucket[0].is_contiguous():
+            key = (bucket[0].dtype, bucket[0].device)
+            most[key] = max(most.get(key, 0), sum(gradient.numel() for gradient in bucket))
+    return {key: torch.empty(number, dtype=key[0], device=key[1]) for key, number in most.items()}
+
+
+def _reduce_bucket(bucket: Sequence[Tensor], room: dict[Any, Tensor], num_ranks: int, group: Any) -> None:
+    if len(bucket) == 1 and bucket[0].is_contiguous():
+        bucket[0].div_(num_ranks)
+        dist.all_reduce(bucket[0], group=group)
+        return
+    flat, start, places = room[(bucket[0].dtype, bucket[0].device)], 0, []
+    for gradient in bucket:
+        place = flat[start : start + gradient.numel()].view(gradient.shape)
+        place.copy_(gradient)
+        places.append(place)
+        start += gradient.numel()
+    flat[:start].div_(num_ranks)
+    dist.all_reduce(flat[:start], group=group)
+    for gradient, place in zip(bucket, places, strict=True):
+        gradient.copy_(place)
