@@ -53,6 +53,11 @@ class Agreement:
         """Ranks that agree."""
         return dist.get_world_size(self._group) if self._group is not None else 1
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes what one rank writes for all."""
+        return self._group is None or dist.get_rank(self._group) == 0
+
     def gather_worst(self, numbers: Sequence[int]) -> list[int]:
         """Return the largest of each number over all ranks."""
         if self._group is None:

@@ -14,6 +14,7 @@ from brim.devices.meter import find_meter
 from brim.errors import CannotRecover
 from brim.runtime.agree import Agreement, PeerOutOfMemory, ask_in_sharded
 from brim.runtime.last_whole import read_record, watch_for_hang, write_record
+from brim.runtime.marks import Marks
 from brim.runtime.pieces import Inputs, explain_uncuttable, most_sequences
 from brim.runtime.restore import (
     WindowStart,
@@ -61,8 +62,23 @@ class Ladder:
     def __init__(
         self, model: nn.Module, *, size: int | None, blocks: int = 1, checkpointing: bool = True, group: Any = None,
         plan: Any = None, overlap: bool | None = None, folder: Path | None = None, timeout_seconds: float = 600.0,
-        save: Callable[[], str | None] = lambda: None,
+        save: Callable[[], str | None] = lambda: None, resumes: bool = True,
     ) -> None:  # fmt: skip
+        """Stand on the first rung.
+
+        Args:
+            model: the module that trains, wrapped or not.
+            size: sequences of a piece; None for micro-batches as they come.
+            blocks: rows of a sequence, stacked.
+            checkpointing: whether activation checkpointing may be turned on.
+            group: data-parallel process group; the default one if None.
+            plan: the plan that the run follows, or None.
+            overlap: whether DDP reduces in the last backward; where the plan has room to spare if None.
+            folder: where the split is written down; nowhere if None.
+            timeout_seconds: how long a rank may wait for others.
+            save: saves the last whole step, on all ranks together, and returns where.
+            resumes: whether a split that was written down before is taken up.
+        """
         self.model, self.size, self.blocks, self.group = model, size, blocks, group
         self.events: list[RecoveryEvent] = []
         self.num_steps = 0
@@ -71,10 +87,11 @@ class Ladder:
         self.folder, self.save, self.plan = folder, save, plan
         self.agreement = Agreement(group, timeout_seconds)
         self._start = WindowStart(model)
-        self._checkpointing, self._timeout = checkpointing, timeout_seconds
+        self._checkpointing, self.timeout_seconds = checkpointing, timeout_seconds
+        self.cuts = True
         self._again = False
         self._planned_size = size
-        if folder is not None and (kept := read_record(folder)):
+        if resumes and folder is not None and (kept := read_record(folder)):
             self.size = min(kept["micro_batch_size"], size or kept["micro_batch_size"])
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model.require_forward_param_sync = False  # buffers are alike already; a broadcast would ask nobody
@@ -91,17 +108,20 @@ class Ladder:
         self._start.let_go()
         self.num_steps += 1
 
-    def rewind(self) -> None:
-        """Leave nothing of a failed attempt: no gradient, no buffer, no random number drawn."""
+    def rewind(self, marks: Marks | None = None) -> None:
+        """Leave nothing of a failed attempt: no gradient, no buffer, no random number drawn, no metric."""
         discard_gradients(self.model)
         self._start.restore()
+        if marks is not None:
+            marks.restore()
 
-    def run(self, attempt: Callable[[], Found], batches: Sequence[Inputs]) -> Found:
+    def run(self, attempt: Callable[[], Found], batches: Sequence[Inputs], marks: Marks | None = None) -> Found:
         """Return what an attempt returns once it succeeds on every rank.
 
         Args:
             attempt: runs the window in pieces of `size` sequences; begins anew each time.
             batches: the micro-batches of this rank's window.
+            marks: where counters stood when the window began.
 
         Raises:
             CannotRecover: no rung of the ladder is left.
@@ -110,12 +130,12 @@ class Ladder:
             found, where = self.try_once(attempt)
             if where is None:
                 return found  # type: ignore[return-value]
-            self.rewind()
+            self.rewind(marks)
             self.climb_down(where, batches)
 
     def try_once(self, attempt: Callable[[], Found]) -> tuple[Found | None, str | None]:
         """Return what an attempt returns, or where it ran out of memory, on this rank or another."""
-        seconds = self._timeout if self.agreement.num_ranks > 1 else None
+        seconds = self.timeout_seconds if self.agreement.num_ranks > 1 else None
         try:
             with watch_for_hang(seconds, self.save_alone), self.agreement.attempt():
                 found = attempt()
@@ -138,6 +158,7 @@ class Ladder:
             batches: the micro-batches of this rank's window.
         """
         reason = next((r for batch in batches if (r := explain_uncuttable(batch, self.blocks))), None)
+        reason = reason if self.cuts else "its rows are no sequences (several are packed into one)"
         mine = min(self.size or most_sequences(batches, self.blocks), most_sequences(batches, self.blocks))
         old, uncuttable = self.agreement.gather_worst([mine, int(reason is not None)])
         new = old if uncuttable or old == 1 else -(-old // 2)
@@ -148,6 +169,21 @@ class Ladder:
         self.overlap = False
         self.note(where, old, new, change, sum(most_sequences([batch], self.blocks) for batch in batches))
 
+    def shrink_evaluation(self, batch: Inputs, size: int | None, own: bool) -> int:
+        """Return the sequences of an evaluation's pieces after one ran out of memory; training keeps its own.
+
+        Raises:
+            CannotRecover: there is nothing smaller.
+        """
+        reason = explain_uncuttable(batch, self.blocks) if self.cuts else "its rows are no sequences"
+        mine = min(size or most_sequences([batch], self.blocks), most_sequences([batch], self.blocks))
+        old, uncuttable = self.agreement.gather_worst([mine, int(reason is not None)])
+        if uncuttable or old == 1:
+            self._stop("evaluation", old, reason or "one sequence at a time is the smallest split")
+        new = -(-old // 2)
+        self.note("evaluation" if own else "", old, new, f"evaluation batch {old} -> {new}, training as before")
+        return new
+
     def note(self, where: str, old: int, new: int, change: str, sequences: int | None = None) -> None:
         """Say in one line what was survived."""
         event = RecoveryEvent(
@@ -156,7 +192,7 @@ class Ladder:
         )  # fmt: skip
         self.events.append(event)
         LOGGER.warning("%s", event)
-        if self.folder is not None and where != "evaluation":
+        if self.folder is not None and new < old and "evaluation" not in change and self.agreement.is_first:
             write_record(self.folder, micro_batch_size=new, step=self.num_steps, event=str(event))
 
     def grow(self, size: int | None = None) -> None:
