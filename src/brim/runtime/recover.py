@@ -88,6 +88,11 @@ class Recovery:
         return self._ladder.events
 
     @property
+    def num_steps(self) -> int:
+        """Optimizer steps taken, those of a run before this one that was resumed included."""
+        return self._ladder.num_steps
+
+    @property
     def micro_batch_size(self) -> int | None:
         """Sequences of a micro-batch now; None while nothing asked for less than what `step` gets."""
         return self._ladder.size

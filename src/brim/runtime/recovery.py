@@ -93,13 +93,12 @@ class Ladder:
         self._planned_size = size
         if resumes and folder is not None and (kept := read_record(folder)):
             self.size = min(kept["micro_batch_size"], size or kept["micro_batch_size"])
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model.require_forward_param_sync = False  # buffers are alike already; a broadcast would ask nobody
         if is_sharded(model) and self.agreement.num_ranks > 1:
             ask_in_sharded(model, self.agreement)
 
     def keep_start(self) -> None:
         """A window begins: note what it begins with."""
+        quiet_buffers(self.model)
         self._start.keep()
         self._again = False
 
@@ -136,6 +135,7 @@ class Ladder:
     def try_once(self, attempt: Callable[[], Found]) -> tuple[Found | None, str | None]:
         """Return what an attempt returns, or where it ran out of memory, on this rank or another."""
         seconds = self.timeout_seconds if self.agreement.num_ranks > 1 else None
+        quiet_buffers(self.model)
         try:
             with watch_for_hang(seconds, self.save_alone), self.agreement.attempt():
                 found = attempt()
@@ -226,6 +226,12 @@ class Ladder:
             step=self.num_steps, where=where, micro_batch_size=size, reason=reason, saved=self.save(),
             capacity_bytes=meter.capacity_bytes if meter is not None else None, relaxations=list_ways_out(self.plan),
         )  # fmt: skip
+
+
+def quiet_buffers(model: nn.Module) -> None:
+    """Keep DDP from broadcasting buffers in the next forward pass: they are alike, and it would ask nobody before."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model.require_forward_param_sync = False
 
 
 def turn_on_checkpointing(model: nn.Module) -> bool:
