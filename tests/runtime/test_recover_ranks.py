@@ -111,9 +111,11 @@ def check_resume(rank: int, folder: str, hangs: bool) -> None:
 def check_overlap(rank: int) -> None:
     """With room to spare DDP reduces in the last backward; until that began, everything can still be taken back."""
     truth, _ = train_undisturbed("adamw-foreach")
-    weights, _, recovery = train("adamw-foreach", "ddp", Refuser(20 if rank else None), rank, overlap=True)
-    assert differ(weights, truth) <= SAME
-    assert len(recovery.events) == 1
+    for point in (None, 20):
+        weights, _, recovery = train("adamw-foreach", "ddp", Refuser(point if rank else None), rank, overlap=True)
+        assert differ(weights, truth) <= SAME
+        assert len(recovery.events) == (point is not None)
+        assert recovery._ladder.overlap == (point is None)
 
 
 def check_trainer(rank: int, kind: str, folder: str) -> None:
@@ -131,11 +133,18 @@ def check_trainer(rank: int, kind: str, folder: str) -> None:
     counter = Refuser()
     quiet = run(counter)
     truth = read_whole(quiet.model)
-    for point in (counter.seen // 8, counter.seen // 2):
+    for point in (counter.seen // 8, counter.seen // 2) if kind == "hf" else (counter.seen // 4,):
         trainer = run(Refuser(point if rank else None))
         assert differ(read_whole(trainer.model), truth) <= SAME
         assert [event.own for event in trainer.recovery_events] == [bool(rank)]
         assert trainer.state.global_step == quiet.state.global_step
+
+
+def sweep_from_benchmark(rank: int, wrap: str, points: int, out: str) -> None:
+    """Run the sweep of benchmarks/recover_points.py in this rank."""
+    from recover_points import sweep_rank
+
+    sweep_rank(rank, wrap, points, out)
 
 
 def naive_ddp(rank: int, failed: str) -> None:
@@ -221,9 +230,9 @@ def test_overlap_is_kept_until_memory_runs_out() -> None:
     assert spawn("check_overlap") == [0, 0]
 
 
-@pytest.mark.parametrize("kind", ["hf", pytest.param("sft", marks=pytest.mark.slow), "dpo"])
+@pytest.mark.parametrize("kind", ["hf", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sft", "dpo"))])
 def test_trainers_survive_on_two_ranks(kind: str, tmp_path: Path) -> None:
-    assert spawn("check_trainer", kind, str(tmp_path)) == [0, 0]
+    assert spawn("check_trainer", kind, str(tmp_path), seconds=500.0) == [0, 0]
 
 
 @pytest.mark.parametrize("work", ["naive_ddp", "naive_fsdp2"])

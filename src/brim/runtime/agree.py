@@ -81,6 +81,19 @@ class Agreement:
             self.is_open = False
             raise PeerOutOfMemory("another rank is out of memory")
 
+    def ask_before(self, theirs: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function with collectives in it that asks first, once however many they are."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.check()
+            was, self.is_open = self.is_open, False
+            try:
+                return theirs(*args, **kwargs)
+            finally:
+                self.is_open = was
+
+        return call
+
     @contextmanager
     def attempt(self) -> Iterator[None]:
         """While entered, collectives ask first; a rank that fails tells the others once."""
@@ -118,6 +131,22 @@ def ask_in_sharded(model: nn.Module, agreement: Agreement) -> None:
                 comm = getattr(group, name)
                 if not isinstance(comm, _Asking):
                     setattr(group, name, _Asking(comm, agreement.check))
+
+
+def can_overlap(model: nn.Module) -> bool:
+    """Return whether DDP can be told to reduce as late as at the start of a backward pass."""
+    return isinstance(model, nn.parallel.DistributedDataParallel) and not model.static_graph
+
+
+def start_reducing(model: Any, loss: Tensor, agreement: Agreement) -> None:
+    """Let DDP reduce in the backward pass that comes; its forward ran unsynced, so all could be taken back until now.
+
+    Source: torch/nn/parallel/distributed.py, `_pre_forward` and `_post_forward`.
+    """
+    agreement.check()
+    agreement.is_open = False
+    model.reducer.prepare_for_forward()
+    model.reducer.prepare_for_backward([loss] if model.find_unused_parameters else [])
 
 
 def reduce_gradients(model: nn.Module, agreement: Agreement, group: Any = None) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from brim.errors import CannotRecover, InvalidInput
 from brim.losses.form import AuxiliaryTap, LossForm
 from brim.runtime.accumulate import measure_model, reducing, unwrap_model
-from brim.runtime.agree import reduce_gradients
+from brim.runtime.agree import reduce_gradients, start_reducing
 from brim.runtime.last_whole import load_shard, save_shard, write_record
 from brim.runtime.pieces import Inputs, cut_pieces, explain_uncuttable
 from brim.runtime.ranks import is_distributed
@@ -181,18 +181,17 @@ class Recovery:
         for index in range(window.most_micro_batches):
             last = index == window.most_micro_batches - 1
             inputs = window.prepare(index, pieces[min(index, len(pieces) - 1)])
-            syncs = (last or ladder.reduce_each) if is_sharded(model) else last and ladder.overlap
-            with reducing(model, syncs):
-                total = total + self._run_piece(window, index, inputs, syncs)
+            with reducing(model, is_sharded(model) and (last or ladder.reduce_each)):
+                total = total + self._run_piece(window, index, inputs, reduces=last and ladder.overlap)
         if not ladder.overlap:
             reduce_gradients(model, ladder.agreement, self._group)
         return total
 
-    def _run_piece(self, window: Window, index: int, inputs: Inputs, syncs: bool) -> Tensor:
+    def _run_piece(self, window: Window, index: int, inputs: Inputs, *, reduces: bool) -> Tensor:
         value = self._loss(inputs) if self._loss is not None else self.model(**inputs).loss
         share = window.scale(index, value, self._tap.take() if self._tap is not None else None)
-        if syncs and not is_sharded(self.model):
-            self._ladder.agreement.check()  # from here on DDP reduces, and nobody can turn back
+        if reduces:
+            start_reducing(self.model, share, self._ladder.agreement)
         share.backward()
         return share.detach()
 

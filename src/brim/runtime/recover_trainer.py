@@ -15,7 +15,7 @@ from brim.errors import CannotRecover
 from brim.losses.rules import count_rows
 from brim.losses.views import take_rows
 from brim.runtime.accumulate import reducing
-from brim.runtime.agree import PeerOutOfMemory, reduce_gradients
+from brim.runtime.agree import PeerOutOfMemory, reduce_gradients, start_reducing
 from brim.runtime.last_whole import watch_for_hang, write_record
 from brim.runtime.marks import Marks
 from brim.runtime.pieces import Inputs, count_sequences, cut_pieces
@@ -123,6 +123,7 @@ class _Attempt:
         self._ladder: Ladder = trainer._recover_ladder
         self._marks = Marks(trainer)
         self._failed: str | None = None
+        self.reduces = False
         self._given: Any = 0.0
         self._pieces = [cut_pieces(batch, self._ladder.size, self._ladder.blocks) for batch in batches]
         if sum(map(len, self._pieces)) != len(batches) or self._ladder.agreement.num_ranks > 1:
@@ -203,8 +204,8 @@ class _Attempt:
         ladder = self._ladder
         self._ran += 1
         last = self._ran == self._trainer._exact_window.most_micro_batches
-        syncs = (last or ladder.reduce_each) if is_sharded(model) else last and ladder.overlap
-        with reducing(model, syncs):
+        self.reduces = last and ladder.overlap
+        with reducing(model, is_sharded(model) and (last or ladder.reduce_each)):
             return run(piece)
 
     def _finish(self, model: Any) -> None:
@@ -271,16 +272,11 @@ def _install(trainer: Any, ladder: Ladder) -> Iterator[Callable[[], None]]:
     """Put recovery into clipping, stepping and the collectives of metrics; yield what takes it out again."""
     accelerator = trainer.accelerator
 
-    def asking(theirs: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            ladder.agreement.check()
-            return theirs(*args, **kwargs)
-
-        return call
-
     if ladder.agreement.num_ranks > 1:
         for name in _COLLECTIVES:
-            yield _replace(accelerator, name, asking(getattr(accelerator, name)))
+            yield _replace(accelerator, name, ladder.agreement.ask_before(getattr(accelerator, name)))
+    if ladder.overlap:
+        yield _replace(accelerator, "backward", _make_backward(trainer, ladder, accelerator.backward))
     if trainer.optimizer is None:
         return
     yield _replace(accelerator, "clip_grad_norm_", _make_clip(trainer, ladder, accelerator.clip_grad_norm_))
@@ -296,6 +292,16 @@ def _install(trainer: Any, ladder: Ladder) -> Iterator[Callable[[], None]]:
 
             yield _replace(wrapper, "_optimizer_original_step_method", step)
             yield _replace(wrapper, "_optimizer_patched_step_method", patch_optimizer_step(wrapper, step))
+
+
+def _make_backward(trainer: Any, ladder: Ladder, theirs: Callable[..., Any]) -> Callable[..., Any]:
+    def backward(loss: Tensor, **kwargs: Any) -> Any:
+        window = trainer._recover_window
+        if window is not None and window.reduces:
+            start_reducing(ladder.model, loss, ladder.agreement)
+        return theirs(loss, **kwargs)
+
+    return backward
 
 
 def _make_clip(trainer: Any, ladder: Ladder, theirs: Callable[..., Any]) -> Callable[..., Any]:

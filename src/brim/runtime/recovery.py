@@ -12,7 +12,7 @@ from torch import nn
 
 from brim.devices.meter import find_meter
 from brim.errors import CannotRecover
-from brim.runtime.agree import Agreement, PeerOutOfMemory, ask_in_sharded
+from brim.runtime.agree import Agreement, PeerOutOfMemory, ask_in_sharded, can_overlap
 from brim.runtime.last_whole import read_record, watch_for_hang, write_record
 from brim.runtime.marks import Marks
 from brim.runtime.pieces import Inputs, explain_uncuttable, most_sequences
@@ -83,7 +83,7 @@ class Ladder:
         self.events: list[RecoveryEvent] = []
         self.num_steps = 0
         self.reduce_each = False
-        self.overlap = is_roomy(plan) if overlap is None else overlap
+        self.overlap = can_overlap(model) and (is_roomy(plan) if overlap is None else overlap)
         self.folder, self.save, self.plan = folder, save, plan
         self.agreement = Agreement(group, timeout_seconds)
         self._start = WindowStart(model)
