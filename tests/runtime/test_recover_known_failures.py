@@ -40,7 +40,7 @@ class Failing(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 2 and not self.has_failed:
             self.has_failed = True
-            raise torch.OutOfMemoryError("refused")
+            raise torch.OutOfMemoryError("CUDA out of memory.")  # the others look for this text
 
 
 def test_auto_find_batch_size_restarts_half_trained_with_another_batch(tmp_path: Path) -> None:
@@ -70,14 +70,15 @@ def test_halving_halves(tmp_path: Path) -> None:
     """Changing the arguments of a running trainer changes its accumulation, not its loader: the batch doubles."""
 
     class Halve(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            args.per_device_train_batch_size //= 2
-            args.gradient_accumulation_steps *= 2
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step:
+                args.per_device_train_batch_size //= 2
+                args.gradient_accumulation_steps *= 2
 
-    trainer = make_trainer(tmp_path)
+    trainer = make_trainer(tmp_path, max_steps=4)  # an epoch has three windows
     trainer.add_callback(Halve())
     _, seen = train(trainer, Refuser())
-    assert [len(batch) for batch in seen[ACCUMULATION:]] == [SIZE] * 2 * ACCUMULATION  # twice the effective batch
+    assert [len(batch) for batch in seen[3 * ACCUMULATION :]] == [SIZE] * 2 * ACCUMULATION  # the batch has doubled
     trainer, seen = train(brim.guard(make_trainer(tmp_path)), Refuser(40), first=1)
     assert [len(batch) for batch in seen[-2 * ACCUMULATION :]] == [SIZE // 2] * 2 * ACCUMULATION
     assert trainer.recovery_events[0].new_size == SIZE // 2

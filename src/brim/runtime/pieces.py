@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from brim.errors import InvalidInput
 from brim.losses.rules import count_rows
 from brim.losses.views import take_rows
 
@@ -20,22 +19,16 @@ def count_sequences(inputs: Inputs, blocks: int = 1) -> int:
 
 
 def cut_pieces(inputs: Inputs, size: int | None, blocks: int = 1) -> list[Inputs]:
-    """Return a micro-batch in pieces of at most `size` sequences; itself, in one piece, where it is no larger.
+    """Return a micro-batch in pieces of at most `size` sequences; itself where it is no larger or cannot be cut.
 
     Args:
         inputs: keyword arguments of the model, rows first.
         size: most sequences of a piece; None leaves it whole.
         blocks: rows that belong to a sequence, stacked: 2 where all chosen rows come before all rejected ones.
-
-    Raises:
-        InvalidInput: inputs whose rows are not its sequences' (packed sequences, patches of images).
     """
     rows = count_rows(inputs)
-    if size is None or rows // blocks <= size:
+    if size is None or rows // blocks <= size or explain_uncuttable(inputs, blocks) is not None:
         return [inputs]
-    reason = explain_uncuttable(inputs, blocks)
-    if reason is not None:
-        raise InvalidInput(f"this micro-batch cannot be cut: {reason}")
     return [_take(inputs, rows, blocks, start, start + size) for start in range(0, rows // blocks, size)]
 
 

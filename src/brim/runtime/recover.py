@@ -173,7 +173,7 @@ class Recovery:
     def _train(self, batches: Sequence[Inputs]) -> Tensor:
         """Run forward and backward of a window, and reduce its gradients; return this rank's share of the loss."""
         ladder, model = self._ladder, self.model
-        pieces = [piece for batch in batches for piece in cut_pieces(batch, ladder.size, ladder.blocks)]
+        pieces = [piece for cut in ladder.cut(batches) for piece in cut]
         window = open_window(self._form, pieces, "cpu", ladder.agreement.group, ladder.agreement.check)
         if self._form.auxiliary and self._tap is None:
             self._tap = AuxiliaryTap(unwrap_model(model))

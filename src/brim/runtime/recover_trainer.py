@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from brim.errors import CannotRecover
-from brim.losses.rules import count_rows
-from brim.losses.views import take_rows
 from brim.runtime.accumulate import reducing
-from brim.runtime.agree import PeerOutOfMemory, reduce_gradients, start_reducing
-from brim.runtime.last_whole import watch_for_hang, write_record
+from brim.runtime.agree import PeerOutOfMemory, reduce_gradients
+from brim.runtime.last_whole import watch_for_hang
 from brim.runtime.marks import Marks
 from brim.runtime.pieces import Inputs, count_sequences, cut_pieces
+from brim.runtime.recover_loop import install, make_ladder, owns_gradients
 from brim.runtime.recovery import Ladder, RecoveryEvent
 from brim.runtime.restore import discard_gradients, find_phase, is_out_of_memory, is_sharded, release_memory
-from brim.runtime.safe_step import HalfStepped, SafeStep
 from brim.runtime.trainer import ExactAccumulation
-from brim.runtime.trainer_loop import collate_parts
 from brim.runtime.window import open_window
-
-_COLLECTIVES = ("gather", "gather_for_metrics", "reduce", "pad_across_processes")
 
 
 class RecoveringTrainer(ExactAccumulation):
@@ -40,10 +31,16 @@ class RecoveringTrainer(ExactAccumulation):
     """
 
     _recover_ladder: Ladder | None = None
+    _recover_for: tuple[Any, Any] = (None, None)
     _recover_plan: Any = None
     _recover_window: _Attempt | None = None
     _recover_undo: list[Callable[[], None]] | None = None
     _recover_eval_size: int | None = None
+
+    @property
+    def recovery(self) -> Ladder | None:
+        """What is done about an out-of-memory: `recovery.size`, `recovery.events`, `recovery.grow()`; None before."""
+        return self._recover_ladder
 
     @property
     def recovery_events(self) -> list[RecoveryEvent]:
@@ -57,6 +54,8 @@ class RecoveringTrainer(ExactAccumulation):
             return found, none
         real = found[: len(self._exact_window.counts)]
         ladder = self._recover_begin(real)
+        if ladder is None:
+            return found, none
         self._recover_window = _Attempt(self, real, len(found))
         ladder.num_steps = self.state.global_step
         ladder.keep_start()
@@ -76,9 +75,11 @@ class RecoveringTrainer(ExactAccumulation):
     def prediction_step(self, model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Return the predictions of one evaluation batch, in pieces where it is too large; training is not changed."""
         ladder = self._recover_begin([inputs])
+        if ladder is None:
+            return super().prediction_step(model, inputs, *args, **kwargs)
         while True:
             marks, known = Marks(self), len(self._exact_evaluated or ())
-            pieces = cut_pieces(inputs, self._recover_eval_size, ladder.blocks)
+            pieces = cut_pieces(inputs, self._recover_eval_size if ladder.cuts else None, ladder.blocks)
             found, where = ladder.try_once(
                 lambda pieces=pieces: [super(RecoveringTrainer, self).prediction_step(model, piece, *args, **kwargs)
                                        for piece in pieces]
@@ -98,16 +99,17 @@ class RecoveringTrainer(ExactAccumulation):
         for name in [name for name in vars(self) if name.startswith("_recover_")]:
             delattr(self, name)
 
-    def _recover_begin(self, batches: Sequence[Inputs]) -> Ladder:
-        """Return the ladder of the model and optimizer that train now."""
-        model = self.model_wrapped if self.is_in_train else self.model
-        if self._recover_ladder is None or self._recover_ladder.model is not model:
+    def _recover_begin(self, batches: Sequence[Inputs]) -> Ladder | None:
+        """Return the ladder of the model and optimizer that train now; None where gradients are not the loop's own."""
+        now = (self.model_wrapped if self.is_in_train else self.model, self.optimizer)
+        if any(one is not other for one, other in zip(self._recover_for, now, strict=True)):
             for undo in self._recover_undo or ():
                 undo()
-            kept = self._recover_ladder
-            self._recover_ladder = _make_ladder(self, model, batches)
-            self._recover_ladder.events += kept.events if kept is not None else []
-            self._recover_undo = list(_install(self, self._recover_ladder))
+            events, self._recover_for, self._recover_undo = self.recovery_events, now, []
+            self._recover_ladder = make_ladder(self, now[0], batches) if owns_gradients(self, now[0]) else None
+            if self._recover_ladder is not None:
+                self._recover_ladder.events += events
+                self._recover_undo = list(install(self, self._recover_ladder))
         return self._recover_ladder
 
     def _recover_weigh(self, inputs: Inputs) -> float:
@@ -125,7 +127,7 @@ class _Attempt:
         self._failed: str | None = None
         self.reduces = False
         self._given: Any = 0.0
-        self._pieces = [cut_pieces(batch, self._ladder.size, self._ladder.blocks) for batch in batches]
+        self._pieces = self._ladder.cut(batches)
         if sum(map(len, self._pieces)) != len(batches) or self._ladder.agreement.num_ranks > 1:
             self._open()
         self._ran = self._call = 0
@@ -182,7 +184,7 @@ class _Attempt:
         return None
 
     def _run_whole(self, model: Any, run: Callable[[Inputs], Tensor]) -> Tensor:
-        self._pieces = [cut_pieces(batch, self._ladder.size, self._ladder.blocks) for batch in self._batches]
+        self._pieces = self._ladder.cut(self._batches)
         self._open()
         self._ran = 0
         pieces = [piece for pieces in self._pieces for piece in pieces]
@@ -213,158 +215,6 @@ class _Attempt:
             reduce_gradients(model, self._ladder.agreement)
         self._ladder.agreement.check()
         self._ladder.agreement.is_open = False
-
-
-def _make_ladder(trainer: Any, model: Any, batches: Sequence[Inputs]) -> Ladder:
-    blocks = _find_blocks(trainer, batches[0])
-    folder = Path(trainer.args.output_dir)
-    restarted = trainer.state.global_step > 0 or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-
-    def save() -> str | None:
-        if not trainer.state.global_step:
-            return None
-        trainer._save_checkpoint(trainer.model, trial=None)
-        return str(folder / f"checkpoint-{trainer.state.global_step}")
-
-    ladder = Ladder(
-        model, size=None, blocks=blocks or 1, plan=trainer._recover_plan, folder=folder, save=save, resumes=restarted,
-        timeout_seconds=float(trainer.args.ddp_timeout),
-    )  # fmt: skip
-    ladder.cuts = blocks is not None
-
-    def save_alone() -> None:
-        size = max((ladder.size or trainer.args.train_batch_size) // 2, 1)
-        write_record(folder, micro_batch_size=size, step=trainer.state.global_step, event="a rank was left waiting")
-
-    ladder.save_alone = save_alone  # type: ignore[method-assign]
-    return ladder
-
-
-def _find_blocks(trainer: Any, batch: Inputs) -> int | None:
-    """Return how many rows, stacked in blocks, belong to a sequence; None where rows are no sequences (packed).
-
-    A few sequences of the dataset are collated, together and one alone, and their rows compared.
-    """
-    with suppress(Exception):  # a collator may refuse to be called so: then the batch alone has to say
-        parts = next(collate_parts(trainer), None)
-        if parts is not None:
-            whole, first = count_rows(parts.whole), count_rows(parts.first)
-            blocks = first if first in (1, 2) and whole > first and whole % first == 0 else None
-            return blocks if blocks and _starts_with(parts.whole, parts.first, blocks) else None
-    rows, size = count_rows(batch), max(trainer.args.train_batch_size, 1)
-    return 2 if rows == 2 * size else 1 if rows > 1 or size == 1 else None
-
-
-def _starts_with(whole: Inputs, first: Inputs, blocks: int) -> bool:
-    """Return whether the first sequence, cut out of a batch, is the one that was collated alone."""
-    cut = take_rows(whole, count_rows(whole), blocks, 0, 1)
-    for key, value in first.items():
-        other = cut.get(key)
-        if isinstance(value, Tensor) and value.dim() == 2 and isinstance(other, Tensor) and other.dim() == 2:
-            width = min(value.shape[1], other.shape[1])
-            left = torch.equal(value[:, :width], other[:, :width])
-            if value.shape[0] != other.shape[0] or not (left or torch.equal(value[:, -width:], other[:, -width:])):
-                return False
-    return True
-
-
-def _install(trainer: Any, ladder: Ladder) -> Iterator[Callable[[], None]]:
-    """Put recovery into clipping, stepping and the collectives of metrics; yield what takes it out again."""
-    accelerator = trainer.accelerator
-
-    if ladder.agreement.num_ranks > 1:
-        for name in _COLLECTIVES:
-            yield _replace(accelerator, name, ladder.agreement.ask_before(getattr(accelerator, name)))
-    if ladder.overlap:
-        yield _replace(accelerator, "backward", _make_backward(trainer, ladder, accelerator.backward))
-    if trainer.optimizer is None:
-        return
-    yield _replace(accelerator, "clip_grad_norm_", _make_clip(trainer, ladder, accelerator.clip_grad_norm_))
-    optimizer, outer = trainer.optimizer, []
-    while hasattr(optimizer, "optimizer"):
-        outer.append(optimizer)
-        optimizer = optimizer.optimizer
-    step = _make_step(trainer, ladder, optimizer)
-    yield _replace(optimizer, "step", step)
-    for wrapper in outer:
-        if getattr(wrapper, "scaler", None) is not None:  # it swaps the step itself, for one that it kept
-            from accelerate.optimizer import patch_optimizer_step
-
-            yield _replace(wrapper, "_optimizer_original_step_method", step)
-            yield _replace(wrapper, "_optimizer_patched_step_method", patch_optimizer_step(wrapper, step))
-
-
-def _make_backward(trainer: Any, ladder: Ladder, theirs: Callable[..., Any]) -> Callable[..., Any]:
-    def backward(loss: Tensor, **kwargs: Any) -> Any:
-        window = trainer._recover_window
-        if window is not None and window.reduces:
-            start_reducing(ladder.model, loss, ladder.agreement)
-        return theirs(loss, **kwargs)
-
-    return backward
-
-
-def _make_clip(trainer: Any, ladder: Ladder, theirs: Callable[..., Any]) -> Callable[..., Any]:
-    def clip(parameters: Any, *args: Any, **kwargs: Any) -> Any:
-        parameters = list(parameters) if not isinstance(parameters, Tensor) else parameters
-        while True:
-            found, where = ladder.try_once(lambda: theirs(parameters, *args, **kwargs))
-            window = trainer._recover_window
-            if where is None:
-                return found
-            if window is None:
-                raise CannotRecover(
-                    step=trainer.state.global_step, where="clipping", micro_batch_size=ladder.size or 0,
-                    reason="no window to run again",
-                )  # fmt: skip
-            size = ladder.size or trainer.args.train_batch_size
-            ladder.note("clipping" if where else "", size, size, "the window is run again as it was")
-            window.rerun()
-
-    return clip
-
-
-def _make_step(trainer: Any, ladder: Ladder, optimizer: torch.optim.Optimizer) -> Callable[..., Any]:
-    def note(error: BaseException) -> None:
-        size = ladder.size or trainer.args.train_batch_size
-        ladder.note("optimizer step", size, size, "what was half written is put back and written again")
-
-    safe = SafeStep(optimizer, note)
-
-    def step(closure: Any = None) -> Any:
-        half, found = None, None
-        try:
-            found = safe(closure)
-        except Exception as error:
-            if not (isinstance(error, HalfStepped) or is_out_of_memory(error)):
-                raise
-            half = str(error)
-            release_memory(error)
-        if ladder.agreement.anyone(half is not None):
-            raise CannotRecover(
-                step=trainer.state.global_step, where="optimizer step",
-                micro_batch_size=ladder.size or trainer.args.train_batch_size,
-                reason=half or "another rank could not finish it",
-            )  # fmt: skip
-        ladder.let_go()
-        trainer._recover_window = None
-        optimizer._opt_called = True  # type: ignore[attr-defined]
-        return found
-
-    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # torch's schedules look for it, and count by it
-    return step
-
-
-def _replace(holder: Any, name: str, value: Any) -> Callable[[], None]:
-    """Set an attribute of one object; return what puts back what was there."""
-    had, before = name in vars(holder), vars(holder).get(name)
-    setattr(holder, name, value)
-
-    def undo() -> None:
-        if vars(holder).get(name) is value:
-            setattr(holder, name, before) if had else delattr(holder, name)
-
-    return undo
 
 
 def _join(found: Sequence[Any], weights: Sequence[float]) -> Any:

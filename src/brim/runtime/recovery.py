@@ -15,7 +15,7 @@ from brim.errors import CannotRecover
 from brim.runtime.agree import Agreement, PeerOutOfMemory, ask_in_sharded, can_overlap
 from brim.runtime.last_whole import read_record, watch_for_hang, write_record
 from brim.runtime.marks import Marks
-from brim.runtime.pieces import Inputs, explain_uncuttable, most_sequences
+from brim.runtime.pieces import Inputs, cut_pieces, explain_uncuttable, most_sequences
 from brim.runtime.restore import (
     WindowStart,
     discard_gradients,
@@ -107,6 +107,11 @@ class Ladder:
         self._start.let_go()
         self.num_steps += 1
 
+    def cut(self, batches: Sequence[Inputs]) -> list[list[Inputs]]:
+        """Return the pieces of each micro-batch."""
+        size = self.size if self.cuts else None
+        return [cut_pieces(batch, size, self.blocks) for batch in batches]
+
     def rewind(self, marks: Marks | None = None) -> None:
         """Leave nothing of a failed attempt: no gradient, no buffer, no random number drawn, no metric."""
         discard_gradients(self.model)
@@ -165,7 +170,7 @@ class Ladder:
         change = f"micro-batch {old} -> {new}" if new < old else self._change_otherwise()
         if change is None:
             self._stop(where or "another rank", old, reason or "one sequence at a time is the smallest split")
-        self.size = new
+        self.size = new if new < old else self.size
         self.overlap = False
         self.note(where, old, new, change, sum(most_sequences([batch], self.blocks) for batch in batches))
 
