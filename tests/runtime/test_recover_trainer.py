@@ -182,3 +182,28 @@ def test_training_twice_recovers_twice(tmp_path: Path) -> None:
     trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if not isinstance(c, Armed)]
     trainer, _ = train(trainer, Refuser(30), first=1)
     assert [type(event) for event in trainer.recovery_events] == [RecoveryEvent] * 2
+
+
+def test_evaluating_first_changes_nothing_of_it(tmp_path: Path) -> None:
+    stock = make_trainer(tmp_path)
+    stock.train()
+    trainer = brim.guard(make_trainer(tmp_path))
+    trainer.evaluate()
+    counter = Refuser()
+    train(brim.guard(make_trainer(tmp_path)), counter, first=1)
+    trainer, _ = train(trainer, Refuser(counter.seen - 5), first=1)  # inside the optimizer step
+    assert [event.where for event in trainer.recovery_events] == ["optimizer step"]
+    assert differ(flatten(trainer.model), flatten(stock.model)) <= SAME
+
+
+def test_later_windows_may_grow_back(tmp_path: Path) -> None:
+    class Grow(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                trainer.recovery.grow()
+
+    trainer = brim.guard(make_trainer(tmp_path, max_steps=3))
+    trainer.add_callback(Grow())
+    _, seen = train(trainer, Refuser(20), first=1)
+    assert [len(batch) for batch in seen[-ACCUMULATION:]] == [SIZE] * ACCUMULATION
+    assert len(trainer.recovery_events) == 1
