@@ -10,7 +10,8 @@
     |  |- UnsupportedModel       2   the formula does not know the architecture
     |  |- InvalidConfig          2   a model config that is broken
     |  |- InvalidFile            2   a file that cannot be read or written
-    |  `- MissingExtra           2   an optional package is not installed
+    |  |- MissingExtra           2   an optional package is not installed
+    |  `- Unrecoverable          2   a loop whose out-of-memory cannot be put back, told before it begins
     |- DoesNotFit                3   nothing fits the budget
     |- CannotRecover             3   a run that is out of memory, and no smaller split is left
     |- NotExact                  4   a proof failed
@@ -176,6 +177,14 @@ class CannotRecover(BrimError):
         )  # fmt: skip
         self.step, self.where, self.micro_batch_size = step, where, micro_batch_size
         self.saved, self.relaxations = saved, tuple(relaxations)
+
+
+class Unrecoverable(InvalidInput):
+    """A loop in which a window that ran out of memory cannot be run again: told before the first step."""
+
+    def __init__(self, *, reason: str) -> None:
+        super().__init__(f"recovery would not leave this run as it was: {reason}", reason=reason)
+        self.reason = reason
 
 
 class NotExact(BrimError):

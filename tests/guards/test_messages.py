@@ -23,6 +23,7 @@ from brim.errors import (
     TableError,
     UnknownName,
     Unreachable,
+    Unrecoverable,
     UnsupportedModel,
 )
 
@@ -48,6 +49,7 @@ EXAMPLES = [
                       relaxations=["--seq-len 1024"]),
         3, ["7 steps", "backward", "micro-batch 1", "no checkpointing", "out/step-7", "--seq-len 1024"],
     ),
+    (Unrecoverable(reason="FSDP1: use FSDP2"), 2, ["FSDP1", "use FSDP2"]),
     (NotExact("differs"), 4, []),
     (InseparableLoss(reason="batch-norm", advice="freeze it"), 4, ["batch-norm", "freeze it"]),
     (ProbeFailed("died"), 5, []),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from brim.runtime.ranks import is_distributed
 from brim.runtime.restore import is_out_of_memory, is_sharded, list_sharded
@@ -20,6 +21,10 @@ _BUCKET_BYTES = 25 * 2**20
 
 class PeerOutOfMemory(torch.OutOfMemoryError):
     """Another rank has run out of memory; it waits for this one to stop as well."""
+
+
+class TooLate(RuntimeError):
+    """Memory ran out where the other ranks were in a collective already: they cannot be told, and it not taken back."""
 
 
 class Agreement:
@@ -82,17 +87,31 @@ class Agreement:
             raise PeerOutOfMemory("another rank is out of memory")
 
     def ask_before(self, theirs: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function with collectives in it that asks first, once however many they are."""
+        """Return a function with collectives in it that asks first, once however many they are.
+
+        If it fails the attempt stays closed: the others are in it, and nobody will ask any more.
+        """
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self.check()
             was, self.is_open = self.is_open, False
-            try:
-                return theirs(*args, **kwargs)
-            finally:
-                self.is_open = was
+            found = theirs(*args, **kwargs)
+            self.is_open = was
+            return found
 
         return call
+
+    def tell(self, error: BaseException) -> None:
+        """Tell the others, where they ask next, that this rank is out of memory; no word where they told it so.
+
+        Raises:
+            TooLate: they are where nobody asks any more.
+        """
+        if self.is_open:
+            self.is_open = False
+            self.anyone(True)
+        elif self._group is not None and not isinstance(error, PeerOutOfMemory):
+            raise TooLate("out of memory in a collective that other ranks are in") from error
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
@@ -100,10 +119,9 @@ class Agreement:
         self.is_open = True
         try:
             yield
-        except BaseException as error:
-            if self.is_open and is_out_of_memory(error):
-                self.is_open = False
-                self.anyone(True)
+        except Exception as error:
+            if is_out_of_memory(error):
+                self.tell(error)
             raise
         finally:
             self.is_open = False
@@ -112,25 +130,38 @@ class Agreement:
 class _Asking:
     """A collective of FSDP2 that asks before it begins; memory for it was allocated before."""
 
-    def __init__(self, comm: Any, check: Callable[[], None]) -> None:
-        self._comm, self._check = comm, check
+    def __init__(self, comm: Any, agreement: Agreement) -> None:
+        self._comm, self._agreement = comm, agreement
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._comm, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._check()
-        return self._comm(*args, **kwargs)
+        return self._agreement.ask_before(self._comm)(*args, **kwargs)
 
 
 def ask_in_sharded(model: nn.Module, agreement: Agreement) -> None:
-    """Let every all-gather and reduce-scatter of an FSDP2 module ask first. Calling it again changes nothing."""
+    """Let every all-gather and reduce-scatter of an FSDP2 module ask first; where they ask already, ask this one."""
     for part in model.modules():
         for group in list_sharded(part):
             for name in ("_all_gather_comm", "_reduce_scatter_comm"):
                 comm = getattr(group, name)
-                if not isinstance(comm, _Asking):
-                    setattr(group, name, _Asking(comm, agreement.check))
+                theirs = comm._comm if isinstance(comm, _Asking) else comm
+                setattr(group, name, _Asking(theirs, agreement))
+
+
+class AskInside(TorchDispatchMode):
+    """While entered, collectives that sharded tensors run by themselves ask first: clipping sums norms over ranks."""
+
+    def __init__(self, agreement: Agreement) -> None:
+        super().__init__()
+        self._agreement = agreement
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(hasattr(kind, "to_local") for kind in types):
+            return NotImplemented  # it comes back here as what it does to the local parts
+        collective = getattr(func, "namespace", "") == "_c10d_functional" and "wait" not in func.__name__
+        return (self._agreement.ask_before(func) if collective else func)(*args, **(kwargs or {}))
 
 
 def can_overlap(model: nn.Module) -> bool:
@@ -167,6 +198,7 @@ def reduce_gradients(model: nn.Module, agreement: Agreement, group: Any = None) 
     buckets = list(_fill_buckets([parameter.grad for parameter in used]))
     room = _make_room(buckets)
     agreement.check()
+    agreement.is_open = False
     for bucket in buckets:
         _reduce_bucket(bucket, room, agreement.num_ranks, group)
 

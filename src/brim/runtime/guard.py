@@ -31,12 +31,14 @@ def guard(
         plan: the plan that the run follows, or None.
         exact: whether accumulation is made exact.
         watch: whether memory and speed are compared with the plan; True is refused, since guard cannot do it yet.
-        recover: whether an out-of-memory is survived, in training and evaluation; True if None, where accumulation is
-            made exact: a window that is run again in smaller pieces must not become another one.
+        recover: whether an out-of-memory is survived, in training and evaluation. If None it is where accumulation is
+            made exact, since a window that is run again in smaller pieces must not become another one, and where that
+            can be done at all (a warning says why not); True insists.
 
     Raises:
         CannotRecover: raised by `train()` when memory runs out and no smaller split is left.
         InvalidInput: no trainer, something guard cannot do, transformers older than 4.46, DataParallel.
+        Unrecoverable: raised by `train()` when recovery was asked for and cannot be had: DeepSpeed, an older FSDP2.
         InseparableLoss: raised by `train()` when the loss is no mean that splits over micro-batches.
     """
     _check(trainer)
@@ -47,6 +49,7 @@ def guard(
     if exact and (recover or not isinstance(trainer, ExactAccumulation)):
         _rebind(trainer, RecoveringTrainer if recover is not False else ExactAccumulation)
         trainer._recover_plan = plan
+        trainer._recover_asked = bool(recover)
     return trainer
 
 

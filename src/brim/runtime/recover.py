@@ -10,15 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from brim.errors import CannotRecover, InvalidInput
+from brim.errors import CannotRecover, InvalidInput, Unrecoverable
 from brim.losses.form import AuxiliaryTap, LossForm
 from brim.runtime.accumulate import measure_model, reducing, unwrap_model
 from brim.runtime.agree import reduce_gradients, start_reducing
 from brim.runtime.last_whole import load_shard, save_shard, write_record
 from brim.runtime.pieces import Inputs, cut_pieces, explain_uncuttable
 from brim.runtime.ranks import is_distributed
+from brim.runtime.recoverable import explain_unrecoverable
 from brim.runtime.recovery import Ladder, RecoveryEvent
-from brim.runtime.restore import is_out_of_memory, is_sharded, release_memory
+from brim.runtime.restore import forget_scaling, is_out_of_memory, is_sharded, release_memory
 from brim.runtime.safe_step import HalfStepped, SafeStep
 from brim.runtime.window import Window, open_window
 
@@ -38,16 +39,17 @@ class Recovery:
 
     Under DDP and FSDP2 ranks agree before each collective, so that none waits for one that has failed.
 
-    Leaves out: GradScaler, closures, other optimizers than `safe_step.COVERED` (an out-of-memory inside their step
-    stops the run), rows that cannot be cut (packed sequences, image patches), loss kernels that draw random numbers:
-    a window run again draws others, as any other micro-batch size would.
+    Leaves out: optimizers other than `safe_step.COVERED` (an out-of-memory inside their step stops the run), rows that
+    cannot be cut (packed sequences, image patches), loss kernels that draw random numbers: a window run again draws
+    others, as any other micro-batch size would.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *, micro_batch_size: int | None = None,
         loss: Callable[[Inputs], Tensor] | None = None, form: LossForm | None = None,
-        max_grad_norm: float | None = None, plan: Any = None, folder: str | Path | None = None, blocks: int = 1,
-        checkpointing: bool = True, overlap: bool | None = None, timeout_seconds: float = 600.0, group: Any = None,
+        max_grad_norm: float | None = None, scaler: Any = None, plan: Any = None, folder: str | Path | None = None,
+        blocks: int = 1, checkpointing: bool = True, overlap: bool | None = None, timeout_seconds: float = 600.0,
+        group: Any = None,
     ) -> None:  # fmt: skip
         """Begin with nothing stepped. Under several ranks a collective: each makes its own at the same place.
 
@@ -58,6 +60,7 @@ class Recovery:
             loss: returns the loss of a micro-batch, where it is not `model(**inputs).loss`.
             form: what the loss averages over, where it is known; measured on a few sequences if None.
             max_grad_norm: what gradients are clipped to, if at all.
+            scaler: a `torch.amp.GradScaler`, which scales, unscales, steps and is updated here.
             plan: the plan that the run follows; says what would help if nothing is left to try.
             folder: where the last whole step and the split are kept when a run ends; nothing is written if None.
             blocks: rows of one sequence, stacked: 2 where all chosen rows come before all rejected ones.
@@ -66,19 +69,27 @@ class Recovery:
                 room to spare if None, and never after an out-of-memory.
             timeout_seconds: how long a rank may wait for the others before it saves its part and ends with code 75.
             group: data-parallel process group; the default one if None.
+
+        Raises:
+            InvalidInput: a micro-batch of less than one sequence.
+            Unrecoverable: model or optimizer keep something that a window run again could not put back.
         """
+        if (reason := explain_unrecoverable(model, optimizer, scaler, group)) is not None:
+            raise Unrecoverable(reason=reason)
         if micro_batch_size is None and plan is not None:
             micro_batch_size = plan.strategy.micro_batch_size
         if micro_batch_size is not None and micro_batch_size < 1:
             raise InvalidInput(f"micro_batch_size must be 1 or more sequences, not {micro_batch_size}")
         self.model, self.optimizer = model, optimizer
         self._loss, self._form, self._max_norm, self._group = loss, form, max_grad_norm, group
+        self._scaler = scaler
         self._folder = Path(folder) if folder is not None else None
         self._ladder = Ladder(
             model, size=micro_batch_size, blocks=blocks, checkpointing=checkpointing, group=group, plan=plan,
             overlap=overlap, folder=self._folder, timeout_seconds=timeout_seconds, save=self.save,
         )  # fmt: skip
         self._ladder.save_alone = self._save_alone  # type: ignore[method-assign]
+        self._ladder.also_rewind = lambda: forget_scaling(scaler)
         self._safe = SafeStep(optimizer, lambda error: self._note_step())
         self._tap: AuxiliaryTap | None = None
 
@@ -192,26 +203,36 @@ class Recovery:
         share = window.scale(index, value, self._tap.take() if self._tap is not None else None)
         if reduces:
             start_reducing(self.model, share, self._ladder.agreement)
-        share.backward()
+        (share if self._scaler is None else self._scaler.scale(share)).backward()
         return share.detach()
 
     def _clip(self) -> bool:
-        """Clip gradients; return whether it was done on every rank. Half-clipped ones are of no use any more."""
-        if self._max_norm is None:
+        """Clip gradients; return whether it was done on every rank."""
+        if self._max_norm is None and self._scaler is None:
             return True
-        _, where = self._ladder.try_once(
-            lambda: nn.utils.clip_grad_norm_(self.model.parameters(), self._max_norm)  # type: ignore[arg-type]
-        )
-        if where is not None:
-            size = self._ladder.size or 0
-            self._ladder.note("clipping" if where else "", size, size, "the window is run again as it was")
-        return where is None
+        return self._ladder.clip(self._clip_once)[1] is None
+
+    def _clip_once(self) -> None:
+        if self._scaler is not None:
+            self._scaler.unscale_(self.optimizer)
+        if self._max_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self._max_norm)
+
+    def _step_once(self) -> None:
+        if self._scaler is None:
+            self._safe()
+            return
+        self.optimizer.step = self._safe  # the scaler calls it, unless gradients overflowed
+        try:
+            self._scaler.step(self.optimizer)
+        finally:
+            del self.optimizer.step
 
     def _step(self) -> None:
         """Step, and make sure that every rank has."""
         half: str | None = None
         try:
-            self._safe()
+            self._step_once()
         except Exception as error:
             if not (isinstance(error, HalfStepped) or is_out_of_memory(error)):
                 raise
@@ -223,6 +244,8 @@ class Recovery:
                 step=self._ladder.num_steps, where="optimizer step", micro_batch_size=self._ladder.size or 0,
                 reason=half or "another rank could not finish it",
             )  # fmt: skip
+        if self._scaler is not None:
+            self._scaler.update()
 
     def _note_step(self) -> None:
         size = self._ladder.size or 0
@@ -237,5 +260,3 @@ class Recovery:
                 event="a rank was left waiting in a collective",
             )  # fmt: skip
             self.save()
-
-

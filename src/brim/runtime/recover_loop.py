@@ -12,15 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from brim.errors import CannotRecover
+from brim.errors import CannotRecover, Unrecoverable
 from brim.losses.rules import count_rows
 from brim.losses.views import take_rows
 from brim.runtime.agree import start_reducing
 from brim.runtime.last_whole import write_record
 from brim.runtime.pieces import Inputs
 from brim.runtime.ranks import is_distributed
+from brim.runtime.recoverable import explain_unrecoverable
 from brim.runtime.recovery import LOGGER, Ladder
-from brim.runtime.restore import is_out_of_memory, is_sharded, release_memory
+from brim.runtime.restore import forget_scaling, is_out_of_memory, is_sharded, release_memory
 from brim.runtime.safe_step import HalfStepped, SafeStep
 from brim.runtime.trainer_loop import collate_parts
 
@@ -28,14 +29,35 @@ _COLLECTIVES = ("gather", "gather_for_metrics", "reduce", "pad_across_processes"
 
 
 def owns_gradients(trainer: Any, model: Any) -> bool:
-    """Return whether the gradients of a step lie in the model's parameters, as a window that is run again needs."""
+    """Return whether the gradients of a step lie in the model's parameters, as a window that is run again needs.
+
+    Raises:
+        Unrecoverable: they do not, and recovery was asked for by name; where it was not, the run goes on without.
+    """
     kind = str(trainer.accelerator.distributed_type).rpartition(".")[2]
     alone = not is_distributed() or dist.get_world_size() == 1 or not trainer.is_in_train
     shared = isinstance(model, torch.nn.parallel.DistributedDataParallel) or is_sharded(model)
-    owns = kind not in ("DEEPSPEED", "MEGATRON_LM", "XLA", "TP") and (alone or shared)
-    if not owns:
-        LOGGER.warning("an out-of-memory would end this run: %s keeps gradients to itself", kind)
-    return owns
+    if kind in ("DEEPSPEED", "MEGATRON_LM", "XLA", "TP") or not (alone or shared):
+        reason = f"{kind} keeps gradients to itself: use DDP or FSDP2"
+    elif getattr(trainer.accelerator, "has_lomo_optimizer", False):
+        reason = "LOMO steps inside backward: use another optimizer"
+    else:
+        optimizer, _ = unwrap_optimizer(trainer.optimizer)
+        reason = explain_unrecoverable(model, optimizer, getattr(trainer.accelerator, "scaler", None))
+    if reason is not None and trainer._recover_asked:
+        raise Unrecoverable(reason=f"{reason}; or train with recover=False")
+    if reason is not None:
+        LOGGER.warning("an out-of-memory would end this run: %s", reason)
+    return reason is None
+
+
+def unwrap_optimizer(optimizer: Any) -> tuple[Any, list[Any]]:
+    """Return the innermost optimizer, and what is wrapped around it."""
+    outer = []
+    while hasattr(optimizer, "optimizer"):
+        outer.append(optimizer)
+        optimizer = optimizer.optimizer
+    return optimizer, outer
 
 
 def make_ladder(trainer: Any, model: Any, batches: Sequence[Inputs]) -> Ladder:
@@ -61,6 +83,7 @@ def make_ladder(trainer: Any, model: Any, batches: Sequence[Inputs]) -> Ladder:
         write_record(folder, micro_batch_size=size, step=trainer.state.global_step, event="a rank was left waiting")
 
     ladder.save_alone = save_alone  # type: ignore[method-assign]
+    ladder.also_rewind = lambda: forget_scaling(getattr(trainer.accelerator, "scaler", None))
     return ladder
 
 
@@ -104,10 +127,7 @@ def install(trainer: Any, ladder: Ladder) -> Iterator[Callable[[], None]]:
     if trainer.optimizer is None:
         return
     yield _replace(accelerator, "clip_grad_norm_", _make_clip(trainer, ladder, accelerator.clip_grad_norm_))
-    optimizer, outer = trainer.optimizer, []
-    while hasattr(optimizer, "optimizer"):
-        outer.append(optimizer)
-        optimizer = optimizer.optimizer
+    optimizer, outer = unwrap_optimizer(trainer.optimizer)
     step = _make_step(trainer, ladder, optimizer)
     yield _replace(optimizer, "step", step)
     for wrapper in outer:
@@ -132,7 +152,7 @@ def _make_clip(trainer: Any, ladder: Ladder, theirs: Callable[..., Any]) -> Call
     def clip(parameters: Any, *args: Any, **kwargs: Any) -> Any:
         parameters = list(parameters) if not isinstance(parameters, Tensor) else parameters
         while True:
-            found, where = ladder.try_once(lambda: theirs(parameters, *args, **kwargs))
+            found, where = ladder.clip(lambda: theirs(parameters, *args, **kwargs))
             window = trainer._recover_window
             if where is None:
                 return found
@@ -141,8 +161,6 @@ def _make_clip(trainer: Any, ladder: Ladder, theirs: Callable[..., Any]) -> Call
                     step=trainer.state.global_step, where="clipping", micro_batch_size=ladder.size or 0,
                     reason="no window to run again",
                 )  # fmt: skip
-            size = ladder.size or trainer.args.train_batch_size
-            ladder.note("clipping" if where else "", size, size, "the window is run again as it was")
             window.rerun()
 
     return clip

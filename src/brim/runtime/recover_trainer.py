@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from brim.runtime.accumulate import reducing
-from brim.runtime.agree import PeerOutOfMemory, reduce_gradients
+from brim.runtime.agree import PeerOutOfMemory, TooLate, reduce_gradients
 from brim.runtime.last_whole import watch_for_hang
 from brim.runtime.marks import Marks
 from brim.runtime.pieces import Inputs, count_sequences, cut_pieces
@@ -33,6 +33,7 @@ class RecoveringTrainer(ExactAccumulation):
     _recover_ladder: Ladder | None = None
     _recover_for: tuple[Any, Any] = (None, None)
     _recover_plan: Any = None
+    _recover_asked: bool = False
     _recover_window: _Attempt | None = None
     _recover_undo: list[Callable[[], None]] | None = None
     _recover_eval_size: int | None = None
@@ -158,7 +159,7 @@ class _Attempt:
         self._ladder.run(self._rerun, self._batches, self._marks)
 
     def _try(self, model: Any, run: Callable[[Inputs], Tensor]) -> Any:
-        agreement, found = self._ladder.agreement, None
+        found = None
         try:
             mine = self._pieces[self._call] if self._call < len(self._pieces) else []
             self._call += 1
@@ -176,9 +177,10 @@ class _Attempt:
             if not is_out_of_memory(error):
                 raise
             self._failed = "" if isinstance(error, PeerOutOfMemory) else find_phase(error)
-            if agreement.is_open:
-                agreement.is_open = False
-                agreement.anyone(True)
+            try:
+                self._ladder.agreement.tell(error)
+            except TooLate as late:
+                self._ladder.leave(late)
             release_memory(error)
         discard_gradients(model)
         return None

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from torch import nn
 
 from brim.devices.meter import find_meter
 from brim.errors import CannotRecover
-from brim.runtime.agree import Agreement, PeerOutOfMemory, ask_in_sharded, can_overlap
+from brim.runtime.agree import Agreement, AskInside, PeerOutOfMemory, TooLate, ask_in_sharded, can_overlap
 from brim.runtime.last_whole import read_record, watch_for_hang, write_record
 from brim.runtime.marks import Marks
 from brim.runtime.pieces import Inputs, cut_pieces, explain_uncuttable, most_sequences
@@ -87,6 +88,7 @@ class Ladder:
         self.folder, self.save, self.plan = folder, save, plan
         self.agreement = Agreement(group, timeout_seconds)
         self._start = WindowStart(model)
+        self.also_rewind: Callable[[], None] = lambda: None
         self._checkpointing, self.timeout_seconds = checkpointing, timeout_seconds
         self.cuts = True
         self._again = False
@@ -116,6 +118,7 @@ class Ladder:
         """Leave nothing of a failed attempt: no gradient, no buffer, no random number drawn, no metric."""
         discard_gradients(self.model)
         self._start.restore()
+        self.also_rewind()
         if marks is not None:
             marks.restore()
 
@@ -146,6 +149,8 @@ class Ladder:
                 found = attempt()
                 self.agreement.check()
                 return found, None
+        except TooLate as error:
+            self.leave(error)
         except Exception as error:
             if not is_out_of_memory(error):
                 if self.agreement.num_ranks > 1:  # a lost rank takes the others with it: keep what this one has
@@ -154,6 +159,30 @@ class Ladder:
             where = "" if isinstance(error, PeerOutOfMemory) else find_phase(error)
             release_memory(error)
         return None, where
+
+    def clip(self, clip: Callable[[], Found]) -> tuple[Found | None, str | None]:
+        """Return what clipping returns, or where it ran out of memory: half-clipped gradients are of no use."""
+        asks = is_sharded(self.model) and self.agreement.num_ranks > 1
+
+        def attempt() -> Found:
+            with AskInside(self.agreement) if asks else nullcontext():
+                return clip()
+
+        found, where = self.try_once(attempt)
+        if where is not None:
+            size = self.size or 0
+            self.note("clipping" if where else "", size, size, "the window is run again as it was")
+        return found, where
+
+    def leave(self, error: TooLate) -> NoReturn:
+        """Save what this rank has and stop: the others wait in a collective, and end when this one is gone.
+
+        Raises:
+            CannotRecover: always.
+        """
+        self.save_alone()
+        where = find_phase(error.__cause__ or error)
+        self._stop(where, self.size or 0, f"{error}; a restarted run begins with a smaller split", alone=True)
 
     def climb_down(self, where: str, batches: Sequence[Inputs]) -> None:
         """Change what is next on the ladder, alike on every rank.
@@ -225,10 +254,11 @@ class Ladder:
             return "activation checkpointing turned on"
         return None
 
-    def _stop(self, where: str, size: int, reason: str) -> None:
+    def _stop(self, where: str, size: int, reason: str, *, alone: bool = False) -> NoReturn:
+        saved = (str(self.folder) if self.folder is not None else None) if alone else self.save()
         meter = find_meter(next(self.model.parameters()).device)
         raise CannotRecover(
-            step=self.num_steps, where=where, micro_batch_size=size, reason=reason, saved=self.save(),
+            step=self.num_steps, where=where, micro_batch_size=size, reason=reason, saved=saved,
             capacity_bytes=meter.capacity_bytes if meter is not None else None, relaxations=list_ways_out(self.plan),
         )  # fmt: skip
 

@@ -87,6 +87,15 @@ def list_sharded(part: nn.Module) -> list[Any]:
     return list(groups) if groups is not None else [state._fsdp_param_group] if state._fsdp_param_group else []
 
 
+def forget_scaling(scaler: Any) -> None:
+    """Let a GradScaler forget what it unscaled in a window that is run again; the scale itself stays.
+
+    Source: torch/amp/grad_scaler.py, `update`, which ends every step so.
+    """
+    if scaler is not None and scaler.is_enabled():
+        scaler._per_optimizer_states.clear()
+
+
 def release_memory(error: BaseException | None = None) -> None:
     """Give back what a failed attempt holds: its frames keep activations alive, and the allocator free blocks."""
     while error is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from brim.runtime.restore import is_out_of_memory, release_memory
 
@@ -17,6 +18,10 @@ COVERED = tuple(
     for name in ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam")
 )
 """Optimizers that treat each tensor by itself, so that a step may be taken some tensors at a time."""
+_OF_WHOLE_TENSORS = tuple(getattr(torch.optim, name) for name in ("Adafactor", "Muon") if hasattr(torch.optim, name))
+"""Those that also look at a tensor as a whole (its norm, its rows): covered unless it is sharded."""
+_OF_A_SCALER = ("grad_scale", "found_inf")
+"""What a GradScaler hands to fused kernels, and others refuse. Source: torch/amp/grad_scaler.py, `step`."""
 _CHUNK_BYTES = 32 * 2**20
 """Parameters stepped together: their undo copies and the step's own temporaries are a few times this, not the model."""
 
@@ -51,8 +56,13 @@ class SafeStep:
     @property
     def covers(self) -> bool:
         """Whether a step can be taken apart."""
-        hooks = self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks
-        return type(self.optimizer) in COVERED and not hooks
+        own = self.optimizer
+        if own._optimizer_step_pre_hooks or own._optimizer_step_post_hooks:
+            return False
+        if _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
+            return False
+        sharded = any(hasattr(one, "to_local") for group in own.param_groups for one in group["params"])
+        return type(own) in COVERED or (type(own) in _OF_WHOLE_TENSORS and not sharded)
 
     def __call__(self, closure: Any = None) -> Any:
         """Take one optimizer step."""
@@ -139,6 +149,11 @@ class SafeStep:
         """Step one tensor on copies on the host, and write what comes out: writing allocates nothing."""
         twin = torch.nn.Parameter(_to_host(parameter))
         twin.grad = _to_host(parameter.grad)
+        scale, overflowed = (getattr(self.optimizer, name, None) for name in _OF_A_SCALER)
+        if overflowed is not None and float(overflowed):
+            return  # the fused kernel would have written nothing
+        if scale is not None:
+            twin.grad.div_(scale.cpu())
         states = self.optimizer.state
         states[twin] = {name: _to_host(value) for name, value in states.get(parameter, {}).items()}
         try:
@@ -169,9 +184,14 @@ class SafeStep:
         group.update({name: value for name, value in settings.items() if name in group})
         if settings and isinstance(group.get("lr"), Tensor):
             group["lr"] = group["lr"].cpu()
+        scaled = {name: getattr(self.optimizer, name) for name in _OF_A_SCALER if hasattr(self.optimizer, name)}
+        for name in scaled if settings else ():
+            setattr(self.optimizer, name, None)
         try:
             yield
         finally:
+            for name, value in scaled.items():
+                setattr(self.optimizer, name, value)
             for one, before in zip(groups, kept, strict=True):
                 one.update(before)
 
