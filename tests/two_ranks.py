@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ def join_ranks(rank: int, port: int, **settings: str) -> None:
         settings: environment variables beside those that torchrun sets.
     """
     torch.set_num_threads(1)
+    gc.freeze()  # an out-of-memory collects garbage: not through all that was imported
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
         GROUP_RANK="0", ACCELERATE_USE_CPU="true", **settings,

@@ -25,7 +25,8 @@ SECONDS_TO_WAIT, SECONDS_IN_ALL = 8.0, 200.0
 def break_off(rank: int, port: int, folder: Path, how: str) -> None:
     """In the second step one rank sleeps, or runs out of memory while gradients are reduced."""
     join_ranks(rank, port)
-    recovery = prepare("fsdp2" if how == "hang" else "ddp", folder=folder, overlap=True, timeout_seconds=SECONDS_TO_WAIT)
+    wrap = "fsdp2" if how == "hang" else "ddp"
+    recovery = prepare(wrap, folder=folder, overlap=True, timeout_seconds=SECONDS_TO_WAIT)
     first, second = make_windows()
     recovery.step(take_mine(first, rank))
     if rank == 0 and how == "hang":

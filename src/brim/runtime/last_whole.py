@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from brim.errors import InvalidFile
+from brim.runtime.restore import WindowStart, list_sharded
 
 RECORD = "brim-recover.json"
 """Name of the file with the split that a restarted run reads."""
@@ -46,14 +47,26 @@ def read_record(folder: Path) -> dict[str, Any]:
     return found
 
 
-def save_shard(folder: Path, rank: int, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> Path:
-    """Write this rank's own part of weights and optimizer states; it asks no other rank and waits for no collective."""
+def save_shard(
+    folder: Path, rank: int, model: nn.Module, optimizer: torch.optim.Optimizer, step: int,
+    start: WindowStart | None = None,
+) -> Path:  # fmt: skip
+    """Write this rank's own part of weights and optimizer states; it asks no other rank and waits for no collective.
+
+    Args:
+        folder: where. rank: whose part it is.
+        model, optimizer: may be in the middle of a window.
+        step: optimizer steps taken.
+        start: what that window began with, where buffers and random state have moved since.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    begun = start.list_buffers() if start is not None else {}
+    random = start.random_state if start is not None else None
     with _own_stream():
-        names = {parameter: name for name, parameter in model.named_parameters()}
+        names = {parameter: name for name, parameter in _list_parameters(model).items()}
         held = {
-            "step": step, "random": torch.get_rng_state(),
-            "tensors": {name: _copy(value) for name, value in _list_tensors(model)},
+            "step": step, "random": torch.get_rng_state() if random is None else random,
+            "tensors": {name: _copy(begun.get(id(value), value)) for name, value in _list_tensors(model)},
             "states": {
                 names[one]: {key: _copy(value) for key, value in state.items()}
                 for one, state in optimizer.state.items() if one in names
@@ -74,7 +87,7 @@ def load_shard(folder: Path, rank: int, model: nn.Module, optimizer: torch.optim
     with torch.no_grad():
         for name, value in _list_tensors(model):
             _local(value).copy_(held["tensors"][name])
-    for name, parameter in model.named_parameters():
+    for name, parameter in _list_parameters(model).items():
         if name in held["states"]:
             optimizer.state[parameter] = {
                 key: _fit(value, parameter) for key, value in held["states"][name].items()
@@ -113,8 +126,18 @@ def watch_for_hang(seconds: float | None, on_hang: Callable[[], None]) -> Iterat
 
 
 def _list_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
+    yield from _list_parameters(model).items()
     yield from model.named_buffers()
+
+
+def _list_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters by name; FSDP2's own parts of them, whose place whole ones take in the middle of a pass."""
+    found: dict[str, Tensor] = dict(model.named_parameters())
+    names = {part: f"{name}." if name else "" for name, part in model.named_modules()}
+    for part in list(names):
+        for one in (one for group in list_sharded(part) for one in group.fsdp_params):
+            found[names[one._module_info.module] + one._module_info.param_name] = one.sharded_param
+    return found
 
 
 def _local(tensor: Tensor) -> Tensor:

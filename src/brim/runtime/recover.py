@@ -141,7 +141,9 @@ class Recovery:
         """Save this rank's part of the last whole step; return the folder, None if none was given."""
         if self._folder is None:
             return None
-        save_shard(self._folder, self._rank, self.model, self.optimizer, self._ladder.num_steps)
+        save_shard(
+            self._folder, self._rank, self.model, self.optimizer, self._ladder.num_steps, self._ladder.start
+        )  # fmt: skip
         return str(self._folder)
 
     def resume(self) -> int:

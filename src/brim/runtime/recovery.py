@@ -87,7 +87,7 @@ class Ladder:
         self.overlap = can_overlap(model) and (is_roomy(plan) if overlap is None else overlap)
         self.folder, self.save, self.plan = folder, save, plan
         self.agreement = Agreement(group, timeout_seconds)
-        self._start = WindowStart(model)
+        self.start = WindowStart(model)
         self.also_rewind: Callable[[], None] = lambda: None
         self._checkpointing, self.timeout_seconds = checkpointing, timeout_seconds
         self.cuts = True
@@ -101,12 +101,12 @@ class Ladder:
     def keep_start(self) -> None:
         """A window begins: note what it begins with."""
         quiet_buffers(self.model)
-        self._start.keep()
+        self.start.keep()
         self._again = False
 
     def let_go(self) -> None:
         """The window is over and stepped."""
-        self._start.let_go()
+        self.start.let_go()
         self.num_steps += 1
 
     def cut(self, batches: Sequence[Inputs]) -> list[list[Inputs]]:
@@ -117,7 +117,7 @@ class Ladder:
     def rewind(self, marks: Marks | None = None) -> None:
         """Leave nothing of a failed attempt: no gradient, no buffer, no random number drawn, no metric."""
         discard_gradients(self.model)
-        self._start.restore()
+        self.start.restore()
         self.also_rewind()
         if marks is not None:
             marks.restore()

@@ -47,11 +47,20 @@ class WindowStart:
             for buffer, kept, _ in self._kept:
                 buffer.copy_(kept)
 
+    @property
+    def random_state(self) -> Tensor | None:
+        """The host's random state at the start; None before the first window."""
+        return self._random[0] if self._random else None
+
+    def list_buffers(self) -> dict[int, Tensor]:
+        """Return what buffers held at the start, by their id."""
+        return {id(buffer): kept for buffer, kept, _ in self._kept}
+
     def let_go(self) -> None:
         """The window is over: forget the copies, and which buffers never change."""
         if self._changing is None:
             self._changing = [buffer for buffer, _, version in self._kept if buffer._version != version]
-        self._kept = []
+        self._kept, self._random = [], []
 
 
 def _list_small(model: nn.Module) -> list[Tensor]:

@@ -37,7 +37,8 @@ class SafeStep:
 
     Tensors are stepped a few at a time, and those few are copied first. If memory runs out, they are put back and
     stepped again one by one on the host, which needs nothing of the device once its states exist. Adam's states are
-    made before its first step writes anything. Results are the same to the bit.
+    made before its first step writes anything. Results are the same to the bit, but for the rounding of a host's
+    arithmetic where the device's is another.
 
     Leaves out: other optimizers than `COVERED`, step hooks and closures; there the step runs as it is, and an
     out-of-memory inside it raises `HalfStepped`. Fused kernels write all or nothing, so nothing large is copied.
@@ -157,7 +158,9 @@ class SafeStep:
         states = self.optimizer.state
         states[twin] = {name: _to_host(value) for name, value in states.get(parameter, {}).items()}
         try:
-            with self._only(group, [twin], foreach=False, fused=False, capturable=False):
+            # Single and foreach kernels round differently (NAdam, RAdam): those that the step would have taken.
+            foreach = group.get("foreach") if group.get("foreach") is not None else parameter.device.type != "cpu"
+            with self._only(group, [twin], foreach=foreach, fused=False, capturable=False):
                 self._theirs()
             result = states[twin]
         finally:
