@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from recover_toys import ROOMY, Refuser
+from recover_toys import ROOMY, SAME, Refuser, differ, flatten
+from test_recover_trainer import make_trainer, train
 from torch import Tensor, nn
 
+import brim
 from brim.devices.capped import CappedMemory
 from brim.losses.form import LossForm
 from brim.losses.rules import CountingRule
@@ -95,3 +98,30 @@ def test_what_was_unscaled_is_unscaled_anew(fails_in: str, monkeypatch: pytest.M
     assert (found, where) == (scale, {"clipping"})
     for one, other in zip(model.parameters(), truth.parameters(), strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("place", ["forward", "clipping", "optimizer step"])
+def test_inside_hugging_faces_loop(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(guarded: bool) -> Any:
+        trainer = make_trainer(tmp_path, max_steps=2)
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1)
+        return brim.guard(trainer, recover=True) if guarded else trainer
+
+    stock, counter = prepare(False), Refuser()
+    stock.train()
+    train(prepare(True), counter, first=1)
+    at = {"forward": 10, "clipping": None, "optimizer step": counter.seen - 2}[place]
+    trainer, failing = prepare(True), iter([True])
+    theirs = nn.utils.clip_grad_norm_
+
+    def clip(*args: Any, **kwargs: Any) -> Any:
+        found = theirs(*args, **kwargs)
+        if place == "clipping" and next(failing, False):
+            raise torch.OutOfMemoryError("refused")
+        return found
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", clip)
+    train(trainer, Refuser(at), first=1)
+    assert [event.where for event in trainer.recovery_events] == [place]
+    assert trainer.accelerator.scaler.state_dict() == stock.accelerator.scaler.state_dict()
+    assert differ(flatten(trainer.model), flatten(stock.model)) <= SAME
