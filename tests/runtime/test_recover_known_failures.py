@@ -11,11 +11,27 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import torch
-from recover_toys import SAME, Refuser, count_steps, differ, flatten
+from recover_toys import (
+    FORM,
+    OPTIMIZERS,
+    ROOMY,
+    ROWS,
+    SAME,
+    Refuser,
+    build,
+    count_steps,
+    differ,
+    flatten,
+    make_windows,
+    train_undisturbed,
+)
 from test_recover_trainer import ACCUMULATION, SIZE, make_trainer, train
+from torch import Tensor
 from transformers import TrainerCallback
 
 import brim
+from brim.devices.capped import CappedMemory
+from brim.runtime.pieces import cut_pieces
 
 
 class Diary(TrainerCallback):
@@ -82,6 +98,34 @@ def test_halving_halves(tmp_path: Path) -> None:
     trainer, seen = train(brim.guard(make_trainer(tmp_path)), Refuser(40), first=1)
     assert [len(batch) for batch in seen[-2 * ACCUMULATION :]] == [SIZE // 2] * 2 * ACCUMULATION
     assert trainer.recovery_events[0].new_size == SIZE // 2
+
+
+def test_training_a_batch_again_after_half_a_step_moves_some_weights_twice() -> None:
+    """Composer's way: whatever ran out, halve the micro-batch and train the batch again, its step included."""
+
+    def train_again(at: int | None) -> Tensor:
+        model, size, refuser = build(), ROWS, Refuser(at)
+        optimizer = OPTIMIZERS["sgd"](model.parameters())
+        refuser.armed = False
+        optimizer.register_step_pre_hook(lambda *_: setattr(refuser, "armed", True))
+        with CappedMemory(ROOMY, refuse=refuser):
+            for window in make_windows():
+                while True:
+                    refuser.armed = False
+                    optimizer.zero_grad()
+                    for piece in cut_pieces(window, size):
+                        weight = FORM.rule.count(piece) / FORM.rule.count(window)
+                        (model(**piece).loss * weight).backward()
+                    try:
+                        optimizer.step()
+                        break
+                    except torch.OutOfMemoryError:
+                        size //= 2
+        return flatten(model)
+
+    truth, _ = train_undisturbed("sgd", max_norm=1e9)
+    assert differ(train_again(None), truth) <= SAME
+    assert differ(train_again(6), truth) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["sgd-foreach", "adamw-foreach"])
