@@ -17,9 +17,10 @@ from brim.readers.sources import read_model
 
 PUBLIC = [
     "AccumulationReport", "BrimError", "CannotRecover", "DoesNotFit", "Estimate", "ExactAccumulation", "Export",
-    "LightningExact", "ModelShape", "NeutralityReport", "Plan", "Recovery", "Strategy", "Workload", "__version__",
-    "accumulate", "accumulate_contrastive", "estimate", "exact_accelerate", "export", "guard", "load_plan", "plan",
-    "read_model", "save_plan", "schema", "trace", "unguard", "verify_accumulation", "verify_neutrality",
+    "LightningExact", "ModelShape", "NeutralityReport", "Plan", "Recovery", "Strategy", "Trial", "Workload",
+    "__version__", "accumulate", "accumulate_contrastive", "estimate", "exact_accelerate", "export", "guard",
+    "load_plan", "plan", "read_model", "save_plan", "schema", "trace", "trial", "unguard", "verify_accumulation",
+    "verify_neutrality",
 ]  # fmt: skip
 
 

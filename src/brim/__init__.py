@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         save_plan,
         schema,
         trace,
+        trial,
         verify_accumulation,
         verify_neutrality,
     )
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from brim.spec.model import ModelShape
     from brim.spec.strategy import Strategy
     from brim.spec.workload import Workload
+    from brim.trials.record import Trial
 
 __version__ = "0.1.0"
 
@@ -44,6 +46,7 @@ _HOMES = {
     "load_plan": "brim.api",
     "schema": "brim.api",
     "trace": "brim.api",
+    "trial": "brim.api",
     "verify_accumulation": "brim.api",
     "verify_neutrality": "brim.api",
     "accumulate": "brim.runtime.accumulate",
@@ -60,6 +63,7 @@ _HOMES = {
     "Plan": "brim.planner.record",
     "Estimate": "brim.cost.ledger",
     "Export": "brim.exporters.record",
+    "Trial": "brim.trials.record",
     "Workload": "brim.spec.workload",
     "Strategy": "brim.spec.strategy",
     "ModelShape": "brim.spec.model",
@@ -71,9 +75,10 @@ _HOMES = {
 
 __all__ = [
     "AccumulationReport", "BrimError", "CannotRecover", "DoesNotFit", "Estimate", "ExactAccumulation", "Export",
-    "LightningExact", "ModelShape", "NeutralityReport", "Plan", "Recovery", "Strategy", "Workload", "__version__",
-    "accumulate", "accumulate_contrastive", "estimate", "exact_accelerate", "export", "guard", "load_plan", "plan",
-    "read_model", "save_plan", "schema", "trace", "unguard", "verify_accumulation", "verify_neutrality",
+    "LightningExact", "ModelShape", "NeutralityReport", "Plan", "Recovery", "Strategy", "Trial", "Workload",
+    "__version__", "accumulate", "accumulate_contrastive", "estimate", "exact_accelerate", "export", "guard",
+    "load_plan", "plan", "read_model", "save_plan", "schema", "trace", "trial", "unguard", "verify_accumulation",
+    "verify_neutrality",
 ]  # fmt: skip
 
 

@@ -53,7 +53,7 @@ class Device:
     compute_capability: tuple[int, int] | None = None
     """CUDA compute capability (major, minor); None for other vendors."""
     vendor: str = "nvidia"
-    """`nvidia` or `amd`."""
+    """`nvidia`, `amd`, or `cpu` for a CPU that is held to a size."""
     link: str | None = None
     """Fastest link between two such devices, key of the links table."""
     source: str = ""
