@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     )
     from brim.checks.report import AccumulationReport, NeutralityReport
     from brim.cost.ledger import Estimate
-    from brim.errors import BrimError, DoesNotFit
+    from brim.errors import BrimError, CannotRecover, DoesNotFit
     from brim.exporters.record import Export
     from brim.planner.record import Plan
     from brim.readers.sources import read_model
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from brim.runtime.contrastive import accumulate_contrastive
     from brim.runtime.guard import guard, unguard
     from brim.runtime.lightning import LightningExact
+    from brim.runtime.recover import Recovery
     from brim.runtime.trainer import ExactAccumulation
     from brim.spec.model import ModelShape
     from brim.spec.strategy import Strategy
@@ -52,6 +53,7 @@ _HOMES = {
     "accumulate_contrastive": "brim.runtime.contrastive",
     "exact_accelerate": "brim.runtime.accelerate_loop",
     "LightningExact": "brim.runtime.lightning",
+    "Recovery": "brim.runtime.recover",
     "guard": "brim.runtime.guard",
     "unguard": "brim.runtime.guard",
     "ExactAccumulation": "brim.runtime.trainer",
@@ -66,15 +68,17 @@ _HOMES = {
     "Strategy": "brim.spec.strategy",
     "ModelShape": "brim.spec.model",
     "BrimError": "brim.errors",
+    "CannotRecover": "brim.errors",
     "DoesNotFit": "brim.errors",
 }
 """Where each public name lives; a name is imported when it is first used, so `import brim` stays tiny."""
 
 __all__ = [
-    "AccumulationReport", "BrimError", "DoesNotFit", "Estimate", "ExactAccumulation", "Export", "LightningExact",
-    "ModelShape", "NeutralityReport", "Plan", "Strategy", "Trial", "Workload", "__version__", "accumulate",
-    "accumulate_contrastive", "estimate", "exact_accelerate", "export", "guard", "load_plan", "plan", "read_model",
-    "save_plan", "schema", "trace", "trial", "unguard", "verify_accumulation", "verify_neutrality",
+    "AccumulationReport", "BrimError", "CannotRecover", "DoesNotFit", "Estimate", "ExactAccumulation", "Export",
+    "LightningExact", "ModelShape", "NeutralityReport", "Plan", "Recovery", "Strategy", "Trial", "Workload",
+    "__version__", "accumulate", "accumulate_contrastive", "estimate", "exact_accelerate", "export", "guard",
+    "load_plan", "plan", "read_model", "save_plan", "schema", "trace", "trial", "unguard", "verify_accumulation",
+    "verify_neutrality",
 ]  # fmt: skip
 
 

@@ -10,8 +10,10 @@
     |  |- UnsupportedModel       2   the formula does not know the architecture
     |  |- InvalidConfig          2   a model config that is broken
     |  |- InvalidFile            2   a file that cannot be read or written
-    |  `- MissingExtra           2   an optional package is not installed
+    |  |- MissingExtra           2   an optional package is not installed
+    |  `- Unrecoverable          2   a loop whose out-of-memory cannot be put back, told before it begins
     |- DoesNotFit                3   nothing fits the budget
+    |- CannotRecover             3   a run that is out of memory, and no smaller split is left
     |- NotExact                  4   a proof failed
     |  `- InseparableLoss        4   a loss that no split over micro-batches leaves as it is
     |- ProbeFailed               5   a probe died
@@ -153,6 +155,36 @@ class DoesNotFit(BrimError):
         self.gap_bytes = gap_bytes
         self.at_moment = at_moment
         self.relaxations = tuple(relaxations)
+
+
+class CannotRecover(BrimError):
+    """A run ran out of memory, and no result-neutral change is left to try."""
+
+    exit_code = 3
+
+    def __init__(
+        self, *, step: int, where: str, micro_batch_size: int, reason: str, capacity_bytes: int | None = None,
+        saved: str | None = None, relaxations: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        held = f" of a device with {capacity_bytes:,} bytes" if capacity_bytes else ""
+        kept = f"the last whole step is saved in {quoted(saved)}" if saved else "go on from your last checkpoint"
+        advice = f"; cheapest way out: {relaxations[0]}" if relaxations else ""
+        super().__init__(
+            f"out of memory{held} in {where} after {step} steps, micro-batch {micro_batch_size}: {reason}; "
+            f"{kept}{advice}",
+            step=step, where=where, micro_batch_size=micro_batch_size, reason=reason, capacity_bytes=capacity_bytes,
+            saved=saved, relaxations=list(relaxations),
+        )  # fmt: skip
+        self.step, self.where, self.micro_batch_size = step, where, micro_batch_size
+        self.saved, self.relaxations = saved, tuple(relaxations)
+
+
+class Unrecoverable(InvalidInput):
+    """A loop in which a window that ran out of memory cannot be run again: told before the first step."""
+
+    def __init__(self, *, reason: str) -> None:
+        super().__init__(f"recovery would not leave this run as it was: {reason}", reason=reason)
+        self.reason = reason
 
 
 class NotExact(BrimError):

@@ -7,6 +7,7 @@ import pytest
 from brim import errors
 from brim.errors import (
     BrimError,
+    CannotRecover,
     DoesNotFit,
     IndivisibleBatch,
     Inexpressible,
@@ -22,6 +23,7 @@ from brim.errors import (
     TableError,
     UnknownName,
     Unreachable,
+    Unrecoverable,
     UnsupportedModel,
 )
 
@@ -42,6 +44,12 @@ EXAMPLES = [
     (InvalidFile(path="plan.json", problem="is a folder"), 2, ["plan.json", "folder"]),
     (MissingExtra(package="torch", extra="trace", purpose="--by trace"), 2, ["pip install 'brim[trace]'"]),
     (DoesNotFit("needs 30 GiB of 24 GiB", gap_bytes=6, at_moment="loss", relaxations=[1]), 3, ["30", "24"]),
+    (
+        CannotRecover(step=7, where="backward", micro_batch_size=1, reason="no checkpointing", saved="out/step-7",
+                      relaxations=["--seq-len 1024"]),
+        3, ["7 steps", "backward", "micro-batch 1", "no checkpointing", "out/step-7", "--seq-len 1024"],
+    ),
+    (Unrecoverable(reason="FSDP1: use FSDP2"), 2, ["FSDP1", "use FSDP2"]),
     (NotExact("differs"), 4, []),
     (InseparableLoss(reason="batch-norm", advice="freeze it"), 4, ["batch-norm", "freeze it"]),
     (ProbeFailed("died"), 5, []),

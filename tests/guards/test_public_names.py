@@ -5,10 +5,11 @@ from __future__ import annotations
 import brim
 
 PUBLIC = {
-    "AccumulationReport", "BrimError", "DoesNotFit", "Estimate", "ExactAccumulation", "Export", "LightningExact",
-    "ModelShape", "NeutralityReport", "Plan", "Strategy", "Trial", "Workload", "__version__", "accumulate",
-    "accumulate_contrastive", "estimate", "exact_accelerate", "export", "guard", "load_plan", "plan", "read_model",
-    "save_plan", "schema", "trace", "trial", "unguard", "verify_accumulation", "verify_neutrality",
+    "AccumulationReport", "BrimError", "CannotRecover", "DoesNotFit", "Estimate", "ExactAccumulation", "Export",
+    "LightningExact", "ModelShape", "NeutralityReport", "Plan", "Recovery", "Strategy", "Trial", "Workload",
+    "__version__", "accumulate", "accumulate_contrastive", "estimate", "exact_accelerate", "export", "guard",
+    "load_plan", "plan", "read_model", "save_plan", "schema", "trace", "trial", "unguard", "verify_accumulation",
+    "verify_neutrality",
 }  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def split_rows(inputs: Inputs) -> Iterator[Parts]:
         pairs = rows // blocks
         if pairs >= 2 and rows % blocks == 0:
             for cut in dict.fromkeys((max(pairs // 3, 1), pairs // 2)):
-                first, second = (_take_rows(inputs, rows, blocks, *ends) for ends in ((0, cut), (cut, pairs)))
+                first, second = (take_rows(inputs, rows, blocks, *ends) for ends in ((0, cut), (cut, pairs)))
                 yield Parts(inputs, first, second, f"rows in {blocks}")
 
 
@@ -86,7 +86,7 @@ def repeat_row(inputs: Inputs) -> dict[str, Any]:
     return {key: twice(value) for key, value in inputs.items()}
 
 
-def _take_rows(inputs: Inputs, rows: int, blocks: int, start: int, stop: int) -> dict[str, Any]:
+def take_rows(inputs: Inputs, rows: int, blocks: int, start: int, stop: int) -> dict[str, Any]:
     """Return pairs `start` to `stop` of each of the stacked blocks; what has no row dimension stays whole."""
     size = rows // blocks
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from brim.errors import InvalidInput
+from brim.runtime.recover_trainer import RecoveringTrainer
 from brim.runtime.trainer import ExactAccumulation
 
 Trainer = TypeVar("Trainer")
 _OLDEST = (4, 46)
 
-_GUARDED: dict[type, type] = {}
-"""Guarded class of each trainer class, so that two guarded trainers of a class are of one class too."""
+_GUARDED: dict[tuple[type, type], type] = {}
+"""Guarded class of each mixin and trainer class, so that two guarded trainers of a class are of one class too."""
 
 
 def guard(
@@ -30,18 +31,25 @@ def guard(
         plan: the plan that the run follows, or None.
         exact: whether accumulation is made exact.
         watch: whether memory and speed are compared with the plan; True is refused, since guard cannot do it yet.
-        recover: whether an out-of-memory is survived; True is refused, since guard cannot do it yet.
+        recover: whether an out-of-memory is survived, in training and evaluation. If None it is where accumulation is
+            made exact, since a window that is run again in smaller pieces must not become another one, and where that
+            can be done at all (a warning says why not); True insists.
 
     Raises:
+        CannotRecover: raised by `train()` when memory runs out and no smaller split is left.
         InvalidInput: no trainer, something guard cannot do, transformers older than 4.46, DataParallel.
+        Unrecoverable: raised by `train()` when recovery was asked for and cannot be had: DeepSpeed, an older FSDP2.
         InseparableLoss: raised by `train()` when the loss is no mean that splits over micro-batches.
     """
     _check(trainer)
-    for name, asked in (("watch", watch), ("recover", recover)):
-        if asked:
-            raise InvalidInput(f"guard cannot {name} yet; leave {name} out, exact accumulation works without it")
-    if exact and not isinstance(trainer, ExactAccumulation):
-        trainer.__class__ = _guard_class(type(trainer))
+    if watch:
+        raise InvalidInput("guard cannot watch yet; leave watch out, the rest works without it")
+    if recover and not exact:
+        raise InvalidInput("recover cuts micro-batches, which only exact accumulation makes the same step: exact=True")
+    if exact and (recover or not isinstance(trainer, ExactAccumulation)):
+        _rebind(trainer, RecoveringTrainer if recover is not False else ExactAccumulation)
+        trainer._recover_plan = plan
+        trainer._recover_asked = bool(recover)
     return trainer
 
 
@@ -49,16 +57,19 @@ def unguard(trainer: Trainer) -> Trainer:
     """Return the trainer with its own class again."""
     if type(trainer) in _GUARDED.values():
         trainer.forget_window()  # type: ignore[attr-defined]
-        trainer.__class__ = type(trainer).__mro__[2]
+        trainer.__class__ = type(trainer).__bases__[-1]
     return trainer
 
 
-def _guard_class(kind: type) -> type:
-    """Return the guarded subclass of a trainer class; it has its name, since logs and model cards show it."""
-    if kind not in _GUARDED:
+def _rebind(trainer: Any, mixin: type) -> None:
+    """Give a trainer the guarded subclass of its class; it has its name, since logs and model cards show it."""
+    if isinstance(trainer, mixin):
+        return
+    kind = type(unguard(trainer))
+    if (mixin, kind) not in _GUARDED:
         doc = f"{kind.__name__} with exact accumulation."
-        _GUARDED[kind] = type(kind.__name__, (ExactAccumulation, kind), {"__doc__": doc, "__module__": kind.__module__})
-    return _GUARDED[kind]
+        _GUARDED[mixin, kind] = type(kind.__name__, (mixin, kind), {"__doc__": doc, "__module__": kind.__module__})
+    trainer.__class__ = _GUARDED[mixin, kind]
 
 
 def _check(trainer: Any) -> None:

@@ -46,7 +46,7 @@ def measure_trainer(trainer: Any, batches: Sequence[Mapping[str, Any]]) -> LossF
         InvalidInput: the trainer splits rows over ranks. InseparableLoss: no count explains the loss.
     """
     _refuse_split_rows(trainer)
-    parts = list(_collate_parts(trainer))
+    parts = list(collate_parts(trainer))
     richest = max(batches, key=_count_targets, default=None)
     whole = parts[0].whole if parts else share_inputs(richest, trainer.args.device)
     if whole is None:
@@ -74,7 +74,7 @@ def _refuse_split_rows(trainer: Any) -> None:
             )
 
 
-def _collate_parts(trainer: Any) -> Iterator[Parts]:
+def collate_parts(trainer: Any) -> Iterator[Parts]:
     """Yield a few of the dataset's sequences, collated together and in two parts; none where it cannot be indexed."""
     handler = trainer.callback_handler
     loader = handler.eval_dataloader if handler.train_dataloader is None else handler.train_dataloader
@@ -90,17 +90,17 @@ def _collate_parts(trainer: Any) -> Iterator[Parts]:
 @contextmanager
 def _leaving_no_trace(trainer: Any) -> Iterator[None]:
     """Put back the counters and metrics that a trainer keeps while it computes a loss."""
-    kept = {name: copy.deepcopy(value) for name, value in vars(trainer).items() if _is_plain(value)}
+    kept = {name: copy.deepcopy(value) for name, value in vars(trainer).items() if is_plain(value)}
     try:
         yield
     finally:
         vars(trainer).update(kept)
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """Return whether a value is made of numbers, texts and containers of them alone."""
     if isinstance(value, Mapping):
-        return all(_is_plain(part) for part in value.values())
+        return all(is_plain(part) for part in value.values())
     if isinstance(value, (list, tuple)):
-        return all(_is_plain(part) for part in value)
+        return all(is_plain(part) for part in value)
     return isinstance(value, (bool, int, float, str))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +61,9 @@ class Window:
 
 
 def open_window(
-    form: LossForm, batches: Sequence[Mapping[str, Any]], device: torch.device | str = "cpu", group: Any = None
-) -> Window:
+    form: LossForm, batches: Sequence[Mapping[str, Any]], device: torch.device | str = "cpu", group: Any = None,
+    ask: Callable[[], None] = lambda: None,
+) -> Window:  # fmt: skip
     """Return the window of this rank's micro-batches. A collective: every rank calls it once per optimizer step.
 
     Args:
@@ -70,9 +71,11 @@ def open_window(
         batches: the micro-batches of this rank, as keyword arguments of the model; may be none.
         device: where the collective's tensors live.
         group: data-parallel process group; the default one if None.
+        ask: called before the collective, once nothing of this rank can fail any more.
     """
     # one wait for the device, however many micro-batches there are
     counts = torch.stack([form.rule.count(batch) for batch in batches]).tolist() if batches else []
+    ask()
     everyone = gather_numbers((sum(counts), len(counts)), device, group)
     return Window(
         form=form, counts=tuple(counts), num_terms=int(sum(terms for terms, _ in everyone)),
