@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from brim.runtime.guard import guard, unguard
     from brim.runtime.lightning import LightningExact
     from brim.runtime.trainer import ExactAccumulation
+    from brim.runtime.watched_loop import watch
     from brim.spec.model import ModelShape
     from brim.spec.strategy import Strategy
     from brim.spec.workload import Workload
@@ -52,6 +53,7 @@ _HOMES = {
     "guard": "brim.runtime.guard",
     "unguard": "brim.runtime.guard",
     "ExactAccumulation": "brim.runtime.trainer",
+    "watch": "brim.runtime.watched_loop",
     "AccumulationReport": "brim.checks.report",
     "NeutralityReport": "brim.checks.report",
     "read_model": "brim.readers.sources",
@@ -70,7 +72,7 @@ __all__ = [
     "AccumulationReport", "BrimError", "DoesNotFit", "Estimate", "ExactAccumulation", "Export", "LightningExact",
     "ModelShape", "NeutralityReport", "Plan", "Strategy", "Workload", "__version__", "accumulate",
     "accumulate_contrastive", "estimate", "exact_accelerate", "export", "guard", "load_plan", "plan", "read_model",
-    "save_plan", "schema", "trace", "unguard", "verify_accumulation", "verify_neutrality",
+    "save_plan", "schema", "trace", "unguard", "verify_accumulation", "verify_neutrality", "watch",
 ]  # fmt: skip
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from brim.errors import InvalidInput
 from brim.runtime.trainer import ExactAccumulation
+
+if TYPE_CHECKING:
+    from brim.planner.record import Plan
+    from brim.spec.observation import Observation
 
 Trainer = TypeVar("Trainer")
 _OLDEST = (4, 46)
@@ -15,9 +20,10 @@ _GUARDED: dict[type, type] = {}
 
 
 def guard(
-    trainer: Trainer, plan: Any = None, *, exact: bool = True, watch: bool | None = None, recover: bool | None = None
-) -> Trainer:
-    """Return the same trainer, made exact: its class is rebound to a subclass of itself.
+    trainer: Trainer, plan: Plan | None = None, *, exact: bool = True, watch: bool = True,
+    recover: bool | None = None, note: Callable[[Observation], None] | None = None,
+) -> Trainer:  # fmt: skip
+    """Return the same trainer, made exact, and watched: its class is rebound to a subclass of itself.
 
         trainer = brim.guard(SFTTrainer(...))
         trainer.train()
@@ -29,24 +35,35 @@ def guard(
         trainer: a `transformers.Trainer` or any subclass: Seq2SeqTrainer, TRL's SFT, DPO, Reward, your own.
         plan: the plan that the run follows, or None.
         exact: whether accumulation is made exact.
-        watch: whether memory and speed are compared with the plan; True is refused, since guard cannot do it yet.
+        watch: whether memory and speed are watched and compared with the plan: what is wrong is said in one line on
+            stderr, each log of training gets `memory/...` and `speed/...`, and `brim-run.json` is written into the
+            output folder.
         recover: whether an out-of-memory is survived; True is refused, since guard cannot do it yet.
+        note: given the observation when a watched run with a plan is over.
 
     Raises:
         InvalidInput: no trainer, something guard cannot do, transformers older than 4.46, DataParallel.
         InseparableLoss: raised by `train()` when the loss is no mean that splits over micro-batches.
     """
     _check(trainer)
-    for name, asked in (("watch", watch), ("recover", recover)):
-        if asked:
-            raise InvalidInput(f"guard cannot {name} yet; leave {name} out, exact accumulation works without it")
+    if recover:
+        raise InvalidInput("guard cannot recover yet; leave recover out, exact accumulation works without it")
     if exact and not isinstance(trainer, ExactAccumulation):
         trainer.__class__ = _guard_class(type(trainer))
+    from brim.runtime.callback import forget_watch, watch_trainer
+
+    if watch:
+        watch_trainer(trainer, plan, note)
+    else:
+        forget_watch(trainer)
     return trainer
 
 
 def unguard(trainer: Trainer) -> Trainer:
-    """Return the trainer with its own class again."""
+    """Return the trainer with its own class again, watched no longer."""
+    from brim.runtime.callback import forget_watch
+
+    forget_watch(trainer)
     if type(trainer) in _GUARDED.values():
         trainer.forget_window()  # type: ignore[attr-defined]
         trainer.__class__ = type(trainer).__mro__[2]

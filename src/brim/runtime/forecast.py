@@ -1,0 +1,96 @@
+"""The formula asked about lengths: the peak at those that were run and at those still to come, and what would fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from brim.cost.estimate import peak_bytes
+from brim.errors import BrimError
+from brim.planner.record import Plan
+from brim.runtime.sight import Fitting, correct_peak
+from brim.spec.strategy import Strategy
+
+_ROUND_TOKENS = 64
+
+
+class Forecast:
+    """Peaks of a plan's job by the formula, for any length; what it was asked once it remembers."""
+
+    def __init__(self, plan: Plan, strategy: Strategy) -> None:
+        """Ask about the job of a plan, run as `strategy` says."""
+        self._plan, self._strategy = plan, strategy
+        self._known: dict[tuple[int, Strategy], int | None] = {}
+
+    def peak(self, num_tokens: int, strategy: Strategy | None = None) -> int | None:
+        """Return the peak allocated bytes where the longest sequence has `num_tokens`; None where nobody knows."""
+        key = (num_tokens, strategy or self._strategy)
+        if key not in self._known:
+            self._known[key] = self._ask(*key)
+        return self._known[key]
+
+    def _ask(self, num_tokens: int, strategy: Strategy) -> int | None:
+        plan = self._plan
+        if num_tokens == plan.workload.data.seq_len and strategy == plan.strategy:
+            return plan.estimate.peak_allocated_bytes  # by whoever the plan asked
+        data = replace(plan.workload.data, seq_len=num_tokens)
+        try:
+            found = peak_bytes(replace(plan.workload, data=data), strategy)
+            return self._follow_plan(found)
+        except (BrimError, ArithmeticError, LookupError, ValueError):  # no model of the formula's
+            return None
+
+    def _follow_plan(self, found: int) -> int:
+        """Return the formula's peak as the plan's own answerer would say it, where both were asked the same."""
+        plan = self._plan
+        if plan.estimate.source == "formula":
+            return found
+        return correct_peak(found, peak_bytes(plan.workload, plan.strategy), plan.estimate.peak_allocated_bytes)
+
+    def find_fitting(
+        self, correct: Callable[[int], int], budget_bytes: int, seen_tokens: int, coming_tokens: int
+    ) -> Fitting:  # fmt: skip
+        """Return what would keep the longest sequence still to come within the budget, each way by itself.
+
+        Args:
+            correct: returns a predicted peak in the light of what was measured.
+            budget_bytes: bytes that tensors may take.
+            seen_tokens: longest sequence so far, which the cut need not be shorter than.
+            coming_tokens: longest sequence still to come.
+        """
+
+        def fits(num_tokens: int, strategy: Strategy | None = None) -> bool:
+            peak = self.peak(num_tokens, strategy)
+            return peak is not None and correct(peak) <= budget_bytes
+
+        split = next((one for one in self._list_splits() if fits(coming_tokens, one)), None)
+        kind = next((one for one in self._list_checkpointings() if fits(coming_tokens, one)), None)
+        return Fitting(
+            longest_tokens=_find_longest(fits, seen_tokens, coming_tokens),
+            micro_batch_size=split and split.micro_batch_size,
+            gradient_accumulation_steps=split and split.gradient_accumulation_steps,
+            activation_checkpointing=kind and kind.activation_checkpointing,
+        )
+
+    def _list_splits(self) -> Iterator[Strategy]:
+        """Yield smaller micro-batches of the same effective batch, the largest first."""
+        window = self._strategy.micro_batch_size * self._strategy.gradient_accumulation_steps
+        for size in range(self._strategy.micro_batch_size - 1, 0, -1):
+            if window % size == 0:
+                yield replace(self._strategy, micro_batch_size=size, gradient_accumulation_steps=window // size)
+
+    def _list_checkpointings(self) -> Iterator[Strategy]:
+        kinds = ("none", "selective", "full")
+        for kind in kinds[kinds.index(self._strategy.activation_checkpointing) + 1 :]:
+            yield replace(self._strategy, activation_checkpointing=kind)
+
+
+def _find_longest(fits: Callable[[int], bool], low: int, high: int) -> int | None:
+    """Return the largest multiple of 64 between two lengths that fits; None if none does."""
+    first, last = -(-low // _ROUND_TOKENS), (high - 1) // _ROUND_TOKENS
+    if first > last or not fits(first * _ROUND_TOKENS):
+        return None
+    while first < last:
+        middle = (first + last + 1) // 2
+        first, last = (middle, last) if fits(middle * _ROUND_TOKENS) else (first, middle - 1)
+    return first * _ROUND_TOKENS

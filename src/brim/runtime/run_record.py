@@ -1,0 +1,152 @@
+"""`brim-run.json`: what a watched run was said to cost, what it did cost, and what was seen. No torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Literal
+
+from brim.errors import InvalidFile, quoted
+from brim.files import write_text
+from brim.runtime.sight import Verdict
+from brim.spec.model import STRICT
+from brim.spec.observation import Observation, Prediction
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+RUN_FILE = "brim-run.json"
+SCHEMA_VERSION = 1
+_LARGEST_BYTES = 50_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What the plan had said."""
+
+    __pydantic_config__ = STRICT
+
+    prediction: Prediction
+    """What the plan's answerer said of the plan as it stands."""
+    longest_tokens: int
+    """Length that the plan was made for, tokens."""
+    tokens_per_second: float | None = None
+    """Tokens per second and device, padding included; None if not predicted."""
+    budget_bytes: int
+    """Bytes that tensors may take."""
+    capacity_bytes: int
+    """Bytes there are."""
+    as_run_allocated_bytes: int | None = None
+    """Peak of tensors predicted for the lengths and the split that were run; None where the formula knows none."""
+    as_run_seconds: float | None = None
+    """Step time predicted for the tokens that were run; None if not predicted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What was measured, on the worst rank; None is what nobody could read."""
+
+    __pydantic_config__ = STRICT
+
+    num_steps: int
+    """Optimizer steps so far."""
+    num_ranks: int = 1
+    """Ranks."""
+    device: str
+    """Name of the device."""
+    capacity_bytes: int | None = None
+    """Its memory, bytes."""
+    peak_allocated_bytes: int | None = None
+    """Most that tensors took in training steps, the first one left out."""
+    aside_bytes: int | None = None
+    """Most that they took in evaluation or saving; None where that is not more."""
+    peak_reserved_bytes: int | None = None
+    """Most that the allocator held, whatever for."""
+    device_bytes: int | None = None
+    """Most bytes in use on the card when it was looked at, all programs."""
+    num_retries: int = 0
+    """Times the allocator emptied its pool to go on."""
+    num_ooms: int = 0
+    """Allocations refused."""
+    longest_tokens: int | None = None
+    """Longest sequence so far, padding included."""
+    coming_tokens: int | None = None
+    """Longest sequence still to come, as far as known."""
+    step_seconds: float | None = None
+    """One optimizer step; the first one, evaluation and saving left out."""
+    tokens_per_second: float | None = None
+    """Real tokens, padding left out, per second and device."""
+    padding_fraction: float | None = None
+    """Share of the tokens run that are padding."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """A watched run."""
+
+    __pydantic_config__ = STRICT
+
+    schema_version: int = SCHEMA_VERSION
+    """Version of this record."""
+    brim_version: str = ""
+    """Version that wrote it."""
+    state: Literal["running", "ended", "died"]
+    """Whether it still runs, or did when this was written."""
+    problem: str = ""
+    """Why it died; empty if it did not."""
+    expected: Expected | None = None
+    """What the plan had said; None without a plan."""
+    measured: Measured
+    """What was measured."""
+    verdicts: tuple[Verdict, ...] = ()
+    """What was seen, in the order of time."""
+    observation: Observation | None = None
+    """The record that history keeps; None while the run goes on, and without a plan."""
+
+
+def write_run(folder: str | os.PathLike[str], record: RunRecord) -> None:
+    """Write the record of a run into a folder, whole or not at all; the folder is made if it is missing.
+
+    Raises:
+        InvalidFile: the folder cannot be made or written to, or the disk is full.
+    """
+    path = os.path.join(folder, RUN_FILE)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise InvalidFile(path=path, problem=f"cannot be written: {error.strerror or error}") from None
+    write_text(path, _adapter().dump_json(record, indent=2).decode("utf-8") + "\n")
+
+
+def read_run(text: str | bytes, *, path: str) -> RunRecord:
+    """Return the run that a JSON text holds, every type and key checked.
+
+    Raises:
+        InvalidFile: broken JSON, a newer schema, a wrong type or an unknown key.
+    """
+    import json
+
+    from pydantic import ValidationError
+
+    if len(text) > _LARGEST_BYTES:
+        raise InvalidFile(path=path, problem=f"is larger than {_LARGEST_BYTES:,} bytes; no run is")
+    try:
+        version = json.loads(text).get("schema_version")
+    except (ValueError, AttributeError, RecursionError):
+        raise InvalidFile(path=path, problem="is no watched run: not a JSON object") from None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise InvalidFile(path=path, problem=f"has schema version {version}, this brim reads up to {SCHEMA_VERSION}")
+    try:
+        return _adapter().validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])[:120] or "the run"
+        raise InvalidFile(path=path, problem=quoted(f"{where}: {first['msg']}")[1:-1]) from None
+
+
+@cache
+def _adapter() -> TypeAdapter[RunRecord]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(RunRecord)
