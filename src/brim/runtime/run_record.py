@@ -116,7 +116,12 @@ def write_run(folder: str | os.PathLike[str], record: RunRecord) -> None:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise InvalidFile(path=path, problem=f"cannot be written: {error.strerror or error}") from None
-    write_text(path, _adapter().dump_json(record, indent=2).decode("utf-8") + "\n")
+    write_text(path, describe_run(record) + "\n")
+
+
+def describe_run(record: RunRecord) -> str:
+    """Return a run as the JSON text that `read_run` reads."""
+    return _adapter().dump_json(record, indent=2).decode("utf-8")
 
 
 def read_run(text: str | bytes, *, path: str) -> RunRecord:
