@@ -83,6 +83,7 @@ def test_each_trouble_is_told_by_itself(changes: dict[str, Any], code: str, seve
     {"step_seconds": 2.8},
     {"token_seconds": 1.29e-4},
     {"padding_fraction": 0.29},
+    {"padding_fraction": 0.5, "step": 4},
 ], ids=str)  # fmt: skip
 def test_short_of_a_threshold_nothing_is_said(changes: dict[str, Any]) -> None:
     assert see(**changes) == []
@@ -98,6 +99,10 @@ def test_an_estimate_that_is_low_makes_what_comes_larger() -> None:
 
 def test_an_estimate_that_is_high_is_high_by_as_much() -> None:
     assert replace(FINE, seen_estimate_bytes=14 * GIB).coming_peak_bytes == 16 * GIB
+
+
+def test_an_estimate_that_is_high_is_no_room_where_none_is() -> None:
+    assert [one.code for one in see(seen_estimate_bytes=20 * GIB, coming_estimate_bytes=30 * GIB)] == ["peak_ahead"]
 
 
 def test_what_comes_is_never_said_to_be_below_what_was() -> None:

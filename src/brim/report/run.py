@@ -59,7 +59,7 @@ def _compare(record: RunRecord) -> Table:
     asked = expected.as_run_allocated_bytes if expected is not None else None
     sizes = (
         ("tensors, GiB", said and said.peak_allocated_bytes, asked, measured.peak_allocated_bytes),
-        ("evaluation, GiB", None, None, measured.aside_bytes),
+        ("cut-off step, GiB" if record.state == "died" else "evaluation, GiB", None, None, measured.aside_bytes),
         ("reserved, GiB", said and said.peak_reserved_bytes, None, measured.peak_reserved_bytes),
         ("device, GiB", said and said.device_bytes, None, measured.device_bytes),
     )

@@ -17,7 +17,8 @@ LEAST_GROWTH_BYTES = 64 * MIB
 SLOW_FACTOR, SLOWING_FACTOR = 1.5, 1.3
 """Time over the estimate's, and over the run's own first steps, that is worth a word; the law of time misses by 9 % in
 nine of ten runs, and lengths move the time of a token by less than a fifth."""
-MOST_PADDING_FRACTION = 0.30
+MOST_PADDING_FRACTION, LEAST_STEPS_OF_PADDING = 0.30, 5
+"""Share of padding that is worth a word, and steps before which one odd batch may decide it."""
 MOST_LOSS_FACTOR = 1.5
 """A model that knows nothing has a loss of ln(vocabulary); random weights give up to a fifth more."""
 OUT_OF_ROOM = ("out_of_memory", "spill", "retries")
@@ -73,6 +74,8 @@ def judge_estimate(sight: Sight) -> Verdict | None:
     if ratio is None or peak is None or said is None or LEAST_BELOW_ESTIMATE <= ratio <= MOST_ABOVE_ESTIMATE:
         return None
     low = ratio > 1
+    if not low and (sight.coming_peak_bytes or 0) > (sight.budget_bytes or math.inf):
+        return None  # there is no room for what comes
     text = (
         f"tensors peaked at {format_size(peak)} at {sight.seen_tokens:,} tokens{_on_rank(sight)}, the estimate says "
         f"{format_size(said)}: {ratio:.2f} times as much"
@@ -160,7 +163,7 @@ def judge_slowing(sight: Sight) -> Verdict | None:
 def judge_padding(sight: Sight) -> Verdict | None:
     """Whether much of the work is padding."""
     share, real = sight.padding_fraction, sight.tokens_per_second
-    if share is None or share < MOST_PADDING_FRACTION:
+    if share is None or share < MOST_PADDING_FRACTION or sight.step < LEAST_STEPS_OF_PADDING:
         return None
     speed = f": {real:,.0f} real tokens/s of {real / (1 - share):,.0f}" if real and share < 1 else ""
     text = f"{100 * share:.0f} % of the tokens that are run are padding{speed}"
