@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from brim.errors import InvalidFile, quoted
 from brim.files import write_text
@@ -120,8 +121,14 @@ def write_run(folder: str | os.PathLike[str], record: RunRecord) -> None:
 
 
 def describe_run(record: RunRecord) -> str:
-    """Return a run as the JSON text that `read_run` reads."""
-    return _adapter().dump_json(record, indent=2).decode("utf-8")
+    """Return a run as the JSON text that `read_run` reads; without pydantic, whose import costs a step of training."""
+    return json.dumps(_plain(record), indent=2, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {one.name: _plain(getattr(value, one.name)) for one in fields(value)}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def read_run(text: str | bytes, *, path: str) -> RunRecord:
@@ -130,8 +137,6 @@ def read_run(text: str | bytes, *, path: str) -> RunRecord:
     Raises:
         InvalidFile: broken JSON, a newer schema, a wrong type or an unknown key.
     """
-    import json
-
     from pydantic import ValidationError
 
     if len(text) > _LARGEST_BYTES:
