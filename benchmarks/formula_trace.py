@@ -72,7 +72,7 @@ def compare(case: dict[str, Any]) -> dict[str, Any]:
     """Return both answers to a case: totals, and the ledger at the moment of the trace's peak."""
     options = {**_SHARED, **case}
     try:
-        formula, trace = api.estimate(options.pop("model"), by=("formula", "trace"), **options)
+        formula, trace = api.estimate(options.pop("model"), by=("formula", "trace"), history=False, **options)
     except BrimError as error:
         return {**case, "refused": str(error)}
     moment = trace.peak_moment

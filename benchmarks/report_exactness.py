@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, Any]
 _LIMIT = 1e-5
 _LOOPS = {"hf": "HF Trainer", "sft": "TRL SFT", "accelerate": "Accelerate", "lightning": "Lightning"}
+_RANK_LOOPS = {"plain": "plain PyTorch", **_LOOPS}
+_RANKS_INTRO = """## On several ranks
+
+`python benchmarks/exactness_ranks.py`: the same classes under brim, over gloo on the CPU, each rank with its share of
+the window. ddp is `DistributedDataParallel`, as each trainer makes it. fsdp2 is the whole model as one unit in a plain
+loop and under Lightning (`ModelParallelStrategy`), and layer by layer, by Accelerate's own code, for HF, TRL and
+Accelerate. Accelerate runs that code on accelerators only: on the CPU it puts its FSDP plugin aside and replicates,
+without a word. Here it was told to shard nevertheless (`brim.checks.fsdp2`). What it cannot shard, with or without
+brim, is no row of brim's.
+"""
+_PARTICULARS = r" '[\w.]+'(?= is shared)| \w+Model(?=;)| \(\d+ and \d+ terms in one batch\)|'\w+Config'(?= object)"
+"""What a reason says of one class only."""
 _CAUSES = {
     "not_divided": "the sum of k micro-batches, not their mean: the gradient is k times too large",
     "mean_of_means": "every micro-batch weighs the same, however many targets it has",
@@ -158,25 +171,48 @@ def _padded(rows: Sequence[Row]) -> str:
 
 
 def _ranks(rows: Sequence[Row]) -> str:
-    """Return what several ranks gave, and by name what was not exact there."""
+    """Return what several ranks gave in each loop, and by name what was not exact there."""
     if not rows:
         return ""
-    lines = ["| ranks | sharding | classes | exact | refused | wrong | worst error |", "|---|---|---|---|---|---|---|"]
-    for ranks, sharding in sorted({(row["ranks"], row["sharding"]) for row in rows}):
-        found = [row for row in rows if (row["ranks"], row["sharding"]) == (ranks, sharding)]
-        exact = [row for row in found if row.get("exact")]
-        refused = sum("refused" in row for row in found)
-        worst = max((row["error"] for row in exact), default=0.0)
-        counts = f"{len(found)} | {len(exact)} | {refused} | {len(found) - len(exact) - refused}"
-        lines.append(f"| {ranks} | {sharding} | {counts} | {worst:.0e} |")
-    reasons = {row["class"]: row.get("refused") or row.get("failed") or row["causes"] for row in rows
-               if not row.get("exact")}  # fmt: skip
-    named = "\n".join(f"- {name}: {reason}" for name, reason in reasons.items())
-    return (
-        "## On several ranks\n\n`python benchmarks/exactness_ranks.py`: the same classes in a plain loop with "
-        "`brim.accumulate`, over gloo, each rank with its share of the window.\n\n" + "\n".join(lines)
-        + f"\n\n{named}"
-    )  # fmt: skip
+    lines = [
+        "| loop | ranks | sharding | classes | exact | refused | fails without brim too | wrong | worst error |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for loop, name in _RANK_LOOPS.items():
+        mine = [row for row in rows if row["loop"] == loop]
+        for ranks, sharding in sorted({(row["ranks"], row["sharding"]) for row in mine}):
+            found = [row for row in mine if (row["ranks"], row["sharding"]) == (ranks, sharding)]
+            lines.append(f"| {name} | {ranks} | {sharding} | {_ranks_counts(found)} |")
+    return "\n".join([_RANKS_INTRO, *lines, "", *_ranks_reasons(rows)])
+
+
+def _ranks_counts(rows: Sequence[Row]) -> str:
+    exact = [row["error"] for row in rows if row.get("exact")]
+    refused, failed = (sum(kind in row for row in rows) for kind in ("refused", "failed"))
+    wrong = len(rows) - len(exact) - refused - failed
+    return f"{len(rows)} | {len(exact)} | {refused} | {failed} | {wrong} | {max(exact, default=0.0):.0e}"
+
+
+def _ranks_reasons(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield what was not exact: each reason once, with its classes and where they met it.
+
+    Classes stand together where only their names, a parameter's name or numbers of terms differ.
+    """
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if not row.get("exact"):
+            reason = str(row.get("refused") or row.get("failed") or row["causes"])
+            reason = reason.replace(row["class"].split()[0], "...")
+            found.setdefault(re.sub(_PARTICULARS, " ...", reason), []).append(row)
+    for reason, met in found.items():
+        classes = ", ".join(dict.fromkeys(row["class"] for row in met))
+        places = {(row["loop"], row["sharding"]) for row in met}
+        everywhere = {loop for loop, _ in places} == {row["loop"] for row in rows}
+        where = "all loops" if everywhere else ", ".join(
+            f"{name} {sharding}" for loop, name in _RANK_LOOPS.items() for sharding in ("ddp", "fsdp2")
+            if (loop, sharding) in places
+        )  # fmt: skip
+        yield f"- {classes} ({where}): {reason}"
 
 
 def _auxiliary(rows: Sequence[Row]) -> str:
@@ -222,9 +258,9 @@ def _method() -> str:
 - Accelerate divides by the configured number of micro-batches, so its last, shorter window is off for every class;
   heads that average over rows are right in full windows.
 - The gradient is caught inside `optimizer.step()`, so everything that a trainer scales on the way is in it.
-- Under brim: `brim.guard(trainer)` for HF and TRL; for Accelerate a loop of one's own with `brim.accumulate`, or
-  `brim.exact_accelerate` (each row says which, key `with`).
-- Image and text models are trained on text alone. Two ranks, sharding and GPU kernels are not part of this page.
+- Under brim: `brim.guard(trainer)` for HF and TRL, `brim.exact_accelerate`, `brim.LightningExact`, `brim.accumulate` in
+  the plain loop (each row says which, key `with`).
+- Image and text models are trained on text alone. GPU kernels are not part of this page.
 
 ## Tolerances
 

@@ -116,7 +116,7 @@ OMISSIONS = (
 
 def ask(model: str, gpu: str, by: str = "formula", **options: Any) -> Estimate:
     """Return one answerer's estimate; accumulation 1 unless said."""
-    return brim.estimate(model, gpu=gpu, by=(by,), **({"gradient_accumulation_steps": 1} | options))[0]
+    return brim.estimate(model, gpu=gpu, by=(by,), history=False, **({"gradient_accumulation_steps": 1} | options))[0]
 
 
 def gib(size_bytes: float) -> str:

@@ -6,6 +6,8 @@ import os
 
 from hypothesis import settings
 
+os.environ["BRIM_HISTORY"] = "off"  # nobody's own runs decide a test; one about history names a file of its own
+
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")

@@ -273,3 +273,9 @@ print(sorted(heavy & set(sys.modules)))
 def test_planning_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("subject", ["train.py:make_trainer", lambda: None])
+def test_a_sharding_does_not_go_with_a_trainer_of_ones_own(subject: object) -> None:
+    with pytest.raises(InvalidInput, match="a trainer of your own says fsdp=True"):
+        brim.verify_accumulation(subject, sharding="fsdp2")  # type: ignore[arg-type]

@@ -17,7 +17,8 @@ pytest.importorskip("transformers")
 import torch
 
 import brim
-from brim import api
+from brim.api.answerers import find_answerer
+from brim.api.jobs import read_job
 from brim.errors import InvalidInput, ProbeFailed, UnknownName, UnsupportedModel
 from brim.planner.options import read_options
 
@@ -65,7 +66,7 @@ def test_a_plan_is_confirmed_by_the_trace(llama: str, tmp_path: Path) -> None:
     plan = brim.plan(llama, by="trace", effective_batch_size=16, **JOB)
     assert plan.estimate.source == "trace" and plan.estimate.tensors
     strategy = plan.strategy
-    traced = api._find_answerer("trace", api._read_job(llama, read_options(JOB)))
+    traced = find_answerer("trace", read_job(llama, read_options(JOB)))
     assert traced.estimate(plan.workload, strategy).peak_allocated_bytes == plan.estimate.peak_allocated_bytes
     assert plan.estimate.peak_allocated_bytes <= plan.budget_bytes
     brim.save_plan(plan, tmp_path / "plan.json")

@@ -13,7 +13,10 @@ pytest.importorskip("transformers")
 
 import brim
 from brim import api
+from brim.api.answerers import find_answerer
+from brim.api.jobs import read_job
 from brim.errors import DoesNotFit, UnsupportedModel
+from brim.planner.candidates import list_variants
 from brim.planner.options import read_options
 from brim.report.plan import describe_speed
 
@@ -90,9 +93,9 @@ def test_few_strategies_are_traced(model: str, monkeypatch: pytest.MonkeyPatch) 
 
 def test_guesses_are_near_what_is_traced(model: str) -> None:
     options = read_options({**JOB, "by": "trace", "activation_checkpointing": "none"})
-    job = api._read_job(model, options, known_only=False)
-    proposed, traced = (api._find_answerer("trace", job) for _ in range(2))
-    knobs = api.list_variants(job.workload, job.fixed)[0]
+    job = read_job(model, options, known_only=False)
+    proposed, traced = (find_answerer("trace", job) for _ in range(2))
+    knobs = list_variants(job.workload, job.fixed)[0]
     for split in ((1, 8), (4, 2), (8, 1)):
         strategy = knobs.at(*split)
         exact = traced.estimate(job.workload, strategy).peak_allocated_bytes

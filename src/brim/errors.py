@@ -31,6 +31,11 @@ from typing import Any
 _LONGEST_ECHO = 80
 
 
+def first_line(error: object) -> str:
+    """Return the first line of what an error says, as text that is safe to print."""
+    return quoted(str(error).splitlines()[0] if str(error) else "unreadable")[1:-1]
+
+
 def quoted(text: object) -> str:
     """Return the user's own words, shortened and free of control characters."""
     words = "".join(c if c.isprintable() else "?" for c in str(text))

@@ -57,6 +57,8 @@ def test_lightning() -> None:
     pytest.importorskip("lightning")
     assert any(diagnose.MEAN_OF_MEANS in cause for cause in report_of("LlamaForCausalLM", "lightning").causes)
     assert report_of("LlamaForCausalLM", "lightning", brim.LightningExact).exact
+    # a recurrent layer keeps the state of its last forward pass, which is copied without its graph
+    assert report_of("RecurrentGemmaForCausalLM", "lightning", brim.LightningExact).exact
 
 
 @pytest.mark.parametrize("loop", ["sft", "dpo"])
@@ -106,6 +108,8 @@ def test_names_without_their_numbers() -> None:
 def test_what_cannot_be_built_is_refused() -> None:
     with pytest.raises(UnknownName, match="did you mean hf"):
         build_subject({}, "LlamaForCausalLM", "hff")
+    with pytest.raises(UnknownName, match="did you mean fsdp2"):
+        build_subject({}, "LlamaForCausalLM", "hf", sharding="fsdp")
     with pytest.raises(ProbeFailed, match="NoSuchModel"):
         build_model({}, "NoSuchModel")
 

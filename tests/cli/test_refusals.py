@@ -43,6 +43,7 @@ Run = Callable[..., Any]
     (["plan", "8B", "--gpu", "rtx-4090", "--for-version", "0.20"], "name the target with --export"),
     (["plan", "8B", "--gpu", "rtx-4090", "--export", "trl", "--for-version", "x"], "unknown trl version 'x'"),
     (["estimate", "8B", "--gpu", "t4", "--by", "formula,guess"], "guess"),
+    (["verify", "train.py:make", "--ranks", "2", "--sharding", "fsdp2"], "says fsdp=True in its arguments"),
     (["estimate", "8B", "--gpu", "t4", "--by", ""], "answerer"),
     (["show", "no-plan.json"], "no-plan.json"),
     (["show", "."], "'.'"),

@@ -6,8 +6,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from brim.devices.capped import BLOCK_BYTES, CappedMemory, find_capped  # noqa: E402
+from brim.devices.capped import CappedMemory, find_capped  # noqa: E402
 from brim.devices.meter import find_meter  # noqa: E402
+from brim.spec.device import BLOCK_BYTES  # noqa: E402
 from brim.units import MIB  # noqa: E402
 
 

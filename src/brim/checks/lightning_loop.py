@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import tempfile
 import warnings
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 
 from brim.checks.accumulation import Inputs, Split, Subject
 from brim.checks.gradients import CaptureOptimizer
-from brim.checks.loops import own_loss
-from brim.checks.trainers import list_versions
+from brim.checks.loops import own_loss, wrap
+from brim.checks.small import copy_model
+from brim.checks.trainers import list_versions, place_of
 from brim.errors import MissingExtra
 
 FIX = "Trainer(..., callbacks=[brim.LightningExact()])"
@@ -24,7 +24,7 @@ FIX = "Trainer(..., callbacks=[brim.LightningExact()])"
 
 def lightning_subject(
     model: nn.Module, rows: Sequence[Any], collate: Callable[[list[Any]], Inputs], *,
-    exactly: Callable[[], Any] | None = None,
+    exactly: Callable[[], Any] | None = None, num_ranks: int = 1, sharding: str = "ddp",
 ) -> Subject:  # fmt: skip
     """Return a LightningModule around a model as a subject.
 
@@ -32,6 +32,8 @@ def lightning_subject(
         model: small, on the CPU.
         rows: sequences. collate: makes a micro-batch of them.
         exactly: makes the callback that makes the loop exact, or None for the stock loop.
+        num_ranks: data-parallel ranks; this process is one of them and in their process group.
+        sharding: ddp, or fsdp2 by Lightning's `ModelParallelStrategy`, where there are several ranks.
 
     Raises:
         MissingExtra: Lightning is not installed.
@@ -44,7 +46,11 @@ def lightning_subject(
     class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
-            self.model = copy.deepcopy(model).train()
+            self.model = copy_model(model).train()
+
+        def configure_model(self) -> None:
+            if num_ranks > 1 and sharding == "fsdp2":
+                wrap(self.model, sharding)
 
         def training_step(self, batch: Inputs, index: int) -> Tensor:
             return own_loss(self.model, batch)
@@ -56,18 +62,41 @@ def lightning_subject(
         module = Module()
         with _quietly():
             trainer = lightning.Trainer(
-                accelerator="cpu", devices=1, max_epochs=1, accumulate_grad_batches=split.accumulation_steps,
+                accelerator="cpu", devices=num_ranks, strategy=_make_strategy(num_ranks, sharding), max_epochs=1,
+                accumulate_grad_batches=split.accumulation_steps, use_distributed_sampler=False,
                 logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
                 default_root_dir=tempfile.gettempdir(), callbacks=[] if exactly is None else [exactly()],
             )  # fmt: skip
-            loader = torch.utils.data.DataLoader(list(rows), batch_size=split.micro_batch_size, collate_fn=collate)
-            trainer.fit(module, loader)
+            batches = deal(len(rows), split.micro_batch_size, num_ranks)
+            trainer.fit(module, torch.utils.data.DataLoader(list(rows), batch_sampler=batches, collate_fn=collate))
         return trainer.optimizers[0].captured
 
     return Subject(
-        name=f"{type(model).__name__} under Lightning", model=model, rows=rows, collate=collate, loss_of=own_loss,
-        run=run, fix=FIX, versions=list_versions(),
+        name=f"{type(model).__name__} under Lightning{place_of(num_ranks, sharding)}", model=model, rows=rows,
+        collate=collate, loss_of=own_loss, run=run, fix=FIX, num_ranks=num_ranks, versions=list_versions(),
     )  # fmt: skip
+
+
+def _make_strategy(num_ranks: int, sharding: str) -> Any:
+    from lightning.pytorch import strategies
+
+    if num_ranks == 1:
+        return "auto"
+    if sharding == "fsdp2":
+        return strategies.ModelParallelStrategy(data_parallel_size=num_ranks, tensor_parallel_size=1)
+    return strategies.DDPStrategy(find_unused_parameters=True, process_group_backend="gloo")
+
+
+def deal(num_rows: int, size: int, num_ranks: int) -> list[list[int]]:
+    """Return the rows of each of this rank's micro-batches, dealt out one by one.
+
+    Where the last round does not go round, the first micro-batches are dealt again, as Accelerate's loaders do: a rank
+    that has fewer would leave the others waiting.
+    """
+    batches = [list(range(start, min(start + size, num_rows))) for start in range(0, num_rows, size)]
+    lacking = -len(batches) % num_ranks
+    rank = torch.distributed.get_rank() if num_ranks > 1 else 0
+    return [*batches, *batches[:lacking]][rank::num_ranks]
 
 
 @contextmanager

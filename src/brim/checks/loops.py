@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from brim.checks.accumulation import WINDOW, Inputs, Split, Subject
+from brim.checks.fsdp2 import sharding_on_cpu
 from brim.checks.gradients import CaptureOptimizer, flatten
 from brim.checks.small import copy_model
-from brim.checks.trainers import list_versions
+from brim.checks.trainers import list_versions, place_of
 
 PLAIN_FIX = "for micro in brim.accumulate(batch, micro_batch_size, model=model): micro.backward(...)"
 ACCELERATE_FIX = "with brim.exact_accelerate(accelerator, model, loader) as batches: for batch in batches: ..."
@@ -56,10 +58,9 @@ def plain_subject(
             steps.append(flatten(p for p in module.parameters() if p.requires_grad))
         return steps
 
-    place = f" on {num_ranks} ranks ({sharding})" if num_ranks > 1 else ""
     return Subject(
-        name=f"{type(model).__name__} in a plain loop{place}", model=model, rows=rows, collate=collate,
-        loss_of=own_loss, run=run, fix=PLAIN_FIX, num_ranks=num_ranks, versions=list_versions(),
+        name=f"{type(model).__name__} in a plain loop{place_of(num_ranks, sharding)}", model=model, rows=rows,
+        collate=collate, loss_of=own_loss, run=run, fix=PLAIN_FIX, num_ranks=num_ranks, versions=list_versions(),
     )  # fmt: skip
 
 
@@ -82,29 +83,39 @@ def _rank() -> int:
 
 def accelerate_subject(
     model: nn.Module, rows: Sequence[Any], collate: Callable[[list[Any]], Inputs], *,
-    exactly: Callable[..., Any] | None = None,
+    exactly: Callable[..., Any] | None = None, num_ranks: int = 1, sharding: str = "ddp",
 ) -> Subject:  # fmt: skip
-    """Return Accelerate's documented loop as a subject; `exactly` is the context manager that makes it exact."""
+    """Return Accelerate's documented loop as a subject.
+
+    Args:
+        model: small, on the CPU.
+        rows: sequences. collate: makes a micro-batch of them.
+        exactly: the context manager that makes the loop exact, or None for the stock loop.
+        num_ranks: data-parallel ranks; this process is one of them and in their process group.
+        sharding: ddp or fsdp2, where there are several ranks.
+    """
 
     def run(split: Split) -> list[Tensor]:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
 
-        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=split.accumulation_steps)
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+        accelerator = Accelerator(
+            cpu=True, gradient_accumulation_steps=split.accumulation_steps, kwargs_handlers=[unused]
+        )
         module = copy_model(model).train()
         optimizer = CaptureOptimizer(p for p in module.parameters() if p.requires_grad)
         loader = torch.utils.data.DataLoader(list(rows), batch_size=split.micro_batch_size, collate_fn=collate)
-        prepared, stepper, loader = accelerator.prepare(module, optimizer, loader)
-        if exactly is None:
-            _train(accelerator, prepared, stepper, loader)
-        else:
-            with exactly(accelerator, prepared, loader) as batches:
+        with sharding_on_cpu(accelerator, module) if shards else nullcontext():
+            prepared, stepper, loader = accelerator.prepare(module, optimizer, loader)
+            with nullcontext(loader) if exactly is None else exactly(accelerator, prepared, loader) as batches:
                 _train(accelerator, prepared, stepper, batches)
         accelerator.free_memory()
         return optimizer.captured
 
+    shards = num_ranks > 1 and sharding == "fsdp2"
     return Subject(
-        name=f"{type(model).__name__} in an Accelerate loop", model=model, rows=rows, collate=collate, loss_of=own_loss,
-        run=run, fix=ACCELERATE_FIX, versions=list_versions(),
+        name=f"{type(model).__name__} in an Accelerate loop{place_of(num_ranks, sharding)}", model=model, rows=rows,
+        collate=collate, loss_of=own_loss, run=run, fix=ACCELERATE_FIX, num_ranks=num_ranks, versions=list_versions(),
     )  # fmt: skip
 
 

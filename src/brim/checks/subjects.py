@@ -19,6 +19,7 @@ from brim.errors import ProbeFailed, UnknownName
 from brim.losses.rules import IGNORED
 
 LOOPS = ("hf", "sft", "dpo", "plain", "accelerate", "lightning")
+SHARDINGS = ("ddp", "fsdp2")
 
 
 def build_subject(
@@ -34,27 +35,29 @@ def build_subject(
         exactly: what makes the loop exact (`brim.guard` for trainers, `brim.accumulate` for plain loops, ...); the
             loop as installed if None.
         num_ranks: data-parallel ranks; this process is one of them.
-        sharding: ddp or fsdp2 (plain loops only), where there are several.
+        sharding: ddp or fsdp2, where there are several.
         equal_lengths: whether all made-up sequences are of one length, for a model that padding changes.
 
     Raises:
-        UnknownName: no such loop. ProbeFailed: transformers has no such class, or it cannot be built small.
+        UnknownName: no such loop or sharding. ProbeFailed: transformers has no such class, or it cannot be built small.
     """
     if loop not in LOOPS:
         raise UnknownName(kind="trainer", name=loop, known=LOOPS)
+    if sharding not in SHARDINGS:
+        raise UnknownName(kind="sharding", name=sharding, known=SHARDINGS)
     model = build_model(config, architecture)
     rows = make_rows(architecture, model.config, WINDOW + (3 if num_ranks == 1 else 4), equal_lengths=equal_lengths)
     _keep_acceptable(model, rows)
     if loop == "plain":
         return plain_subject(model, rows, collate, accumulate=exactly, num_ranks=num_ranks, sharding=sharding)
     if loop == "accelerate":
-        return accelerate_subject(model, rows, collate, exactly=exactly)
+        return accelerate_subject(model, rows, collate, exactly=exactly, num_ranks=num_ranks, sharding=sharding)
     if loop == "lightning":
         from brim.checks.lightning_loop import lightning_subject
 
-        return lightning_subject(model, rows, collate, exactly=exactly)
+        return lightning_subject(model, rows, collate, exactly=exactly, num_ranks=num_ranks, sharding=sharding)
     make = {"hf": _hf_trainer, "sft": _sft_trainer, "dpo": _dpo_trainer}[loop](model, rows)
-    return read_trainer(make, prepare=exactly, num_ranks=num_ranks)
+    return read_trainer(make, prepare=exactly, num_ranks=num_ranks, sharding=sharding)
 
 
 def build_model(config: Mapping[str, Any], architecture: str) -> nn.Module:

@@ -6,6 +6,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from brim.checks.accumulation import WINDOW, Split, Subject
+from brim.checks.fsdp2 import sharding_on_cpu
 from brim.checks.gradients import CaptureOptimizer
 from brim.checks.report import FULL, SMALL
 from brim.checks.silence import silenced
@@ -29,7 +31,7 @@ _OLDEST_GUARDED = (4, 46)
 
 def read_trainer(
     make_trainer: Callable[[], Any], *, prepare: Callable[[Any], Any] | None = None, num_ranks: int = 1,
-    shrink: bool = True,
+    sharding: str = "ddp", shrink: bool = True,
 ) -> Subject:  # fmt: skip
     """Return what a trainer trains as a subject: its own class, collator and dataset.
 
@@ -37,6 +39,8 @@ def read_trainer(
         make_trainer: returns a trainer as the user's script makes it; called once for each split.
         prepare: what is done to each trainer before it trains, such as `brim.guard`.
         num_ranks: data-parallel ranks; this process is one of them.
+        sharding: ddp, or fsdp2 as Accelerate does it for the trainer, where there are several ranks; a trainer that was
+            given FSDP2 gets it anyway.
         shrink: whether the model is replaced by a small copy of its class.
 
     Raises:
@@ -51,17 +55,38 @@ def read_trainer(
     def run(split: Split) -> list[Tensor]:
         trainer = _set_up(_made(make_trainer), copy_model(model), rows, split)
         prepared = trainer if prepare is None else prepare(trainer)
-        with silenced():
+        with silenced(), _sharding(trainer) if shards else nullcontext():
             prepared.train()
         return trainer.optimizer_of_brim.captured
 
+    sharding = "fsdp2" if _asks_for_fsdp2(first) else sharding
+    shards = num_ranks > 1 and sharding == "fsdp2"
+
     return Subject(
-        name=f"{_name_model(model)} under {type(first).__name__}", model=model, rows=rows, collate=collate,
-        loss_of=lambda module, inputs: _plain_loss(first, module, inputs), run=run,
+        name=f"{_name_model(model)} under {type(first).__name__}{place_of(num_ranks, sharding)}", model=model,
+        rows=rows, collate=collate, loss_of=lambda module, inputs: _plain_loss(first, module, inputs), run=run,
         fix=name_fix(version("transformers")), num_ranks=num_ranks, versions=list_versions(),
         coefficients=tuple(list_coefficients(first, getattr(first.model, "config", None))),
         precision="fp32" if shrink else _precision(first), size=SMALL if shrink else FULL,
     )  # fmt: skip
+
+
+@contextmanager
+def _sharding(trainer: Any) -> Iterator[None]:
+    """While entered, a trainer takes itself for one that was given FSDP, and its accelerator shards on the CPU."""
+    trainer.is_fsdp_enabled = True
+    with sharding_on_cpu(trainer.accelerator, trainer.model):
+        yield
+
+
+def _asks_for_fsdp2(trainer: Any) -> bool:
+    """Return whether a trainer's own arguments say FSDP2: on the CPU it would be left out."""
+    return (getattr(trainer.args, "fsdp_plugin_args", None) or {}).get("fsdp_version") == 2
+
+
+def place_of(num_ranks: int, sharding: str) -> str:
+    """Return where a subject runs, to be put behind its name; nothing where that is one process."""
+    return f" on {num_ranks} ranks ({sharding})" if num_ranks > 1 else ""
 
 
 def _precision(trainer: Any) -> str:

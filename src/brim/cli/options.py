@@ -80,6 +80,7 @@ FLAGS = (
     Flag("allocator", _FIXED, "KIND"),
     Flag("by", _OUTPUT, "rule|formula|trace"),
     Flag("moe_imbalance", _OUTPUT, "X", (), float),
+    Flag("history", _OUTPUT, ""),
     Flag("refresh", _OUTPUT, ""),
 )  # fmt: skip
 BOOLEANS = frozenset(

@@ -13,7 +13,7 @@ _SUBJECT = typer.Argument(
 )
 _TRAINER = typer.Option(None, "--trainer", metavar="NAME", help="hf, sft, dpo, plain, accelerate or lightning.")
 _RANKS = typer.Option("1", "--ranks", metavar="N", help="Data-parallel ranks under torchrun: 1, 2, 4 or 8.")
-_SHARDING = typer.Option("ddp", "--sharding", metavar="NAME", help="ddp, or fsdp2 for a plain loop on several ranks.")
+_SHARDING = typer.Option("ddp", "--sharding", metavar="NAME", help="On several ranks: ddp or fsdp2.")
 _GUARDED = typer.Option(False, "--guarded", help="Verify the loop made exact by brim, not as installed.")
 _FULL = typer.Option(False, "--full-size", help="Your trainer's own model where it is, not a small copy on the CPU.")
 _HTML = typer.Option(None, "--html", metavar="FILE", help="Draw the error of every split.")

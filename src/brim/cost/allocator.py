@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 
+from brim.spec.device import BLOCK_BYTES
 from brim.units import MIB
 
-_ROUND = 512
 _SMALL_REQUEST = MIB
 _SMALL_SEGMENT = 2 * MIB
 _MEDIUM_REQUEST = 10 * MIB
@@ -56,13 +56,13 @@ class CachingAllocator:
 
     def allocate(self, key: int, size_bytes: int) -> None:
         """Take a block for `size_bytes` under a name of the caller's."""
-        size = -(-size_bytes // _ROUND) * _ROUND or _ROUND
+        size = -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES or BLOCK_BYTES
         small = size <= _SMALL_REQUEST
         pool = self._free[small]
         index = bisect_left(pool, (size,))
         block = pool.pop(index)[2] if index < len(pool) else self._reserve(size, small)
         rest = block.size - size
-        if rest >= _ROUND if small else rest > _SMALL_REQUEST:
+        if rest >= BLOCK_BYTES if small else rest > _SMALL_REQUEST:
             self._split(block, size, rest)
         block.free = False
         self._blocks[key] = block

@@ -1,11 +1,41 @@
-"""How wrong each answerer has been on published measurements, and the margin that follows."""
+"""How wrong each answerer has been on published measurements, and what measured runs of one card say of the formula.
+
+The correction is the median of the logarithms of measured over predicted: a run that went wrong (another program on the
+card, a longer sequence than was said) moves a mean or a least-squares fit, and a median not; in logarithms half and
+double weigh the same. Its error is that of each way of running under a fit to the others.
+
+Predictions are the formula's own, made anew from the workload and strategy of each run: what had been said at the time
+may itself have been corrected, and a calibration that learned from it would undo itself.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from statistics import median
+from typing import NamedTuple, TypeVar
 
-from brim.cost.ledger import Source
+from brim.cost.correction import Calibration, Correction
+from brim.cost.ledger import Estimate, Source
+from brim.cost.overhead import context_bytes
+from brim.errors import BrimError
+from brim.spec.observation import Observation
+from brim.spec.strategy import Strategy
+from brim.spec.workload import Workload
 from brim.tables.read import Accuracy, list_accuracy
+
+T = TypeVar("T")
+
+LEAST_RUNS = 3
+"""With two, each is held out against one other: chance."""
+SETTLED_RUNS = 9
+"""The worst of nine is as far out as the published margin, a 90th percentile; the worst of fewer is no margin alone."""
+_MOST_REPLAYS = 4
+"""Newest ways of running whose allocator is replayed, at about 15 ms each; a plan should not wait for more."""
+_FULL_FRACTION = 0.95
+"""Share of real tokens above which a step was as long as planned, so that its time can be compared."""
 
 
 def margin_fraction(source: Source) -> float:
@@ -27,3 +57,159 @@ def margin_bytes(source: Source, peak_bytes: int) -> int:
 def find_accuracy(source: Source, meter: str = "allocated") -> Accuracy | None:
     """Return the record of an answerer on a counter; None if it was never measured."""
     return next((row for row in list_accuracy() if row.answerer == source and row.meter == meter), None)
+
+
+def calibrated_margin_fraction(calibration: Calibration) -> float:
+    """Return the margin of the corrected formula: its worst held-out shortfall; below nine runs, at least the
+    published one."""
+    held_out = calibration.allocated.margin_fraction
+    settled = calibration.allocated.num_different >= SETTLED_RUNS
+    return held_out if settled else max(held_out, margin_fraction("formula"))
+
+
+def read_torch(versions: Iterable[tuple[str, str]]) -> str:
+    """Return major and minor of torch among packages and releases; empty if it is not among them."""
+    release = dict(versions).get("torch", "")
+    return ".".join(release.split(".")[:2]) if release else ""
+
+
+class Formula(NamedTuple):
+    """The uncorrected answerer, as values: two cheap questions and the dear one."""
+
+    peak: Callable[[Workload, Strategy], int]
+    """Allocated peak, bytes."""
+    seconds: Callable[[Workload, Strategy], float | None]
+    """Seconds of an optimizer step."""
+    estimate: Callable[[Workload, Strategy], Estimate]
+    """The whole answer."""
+    certain: Callable[[Workload, Strategy], int] = lambda workload, strategy: 0
+    """What the peak cannot be below, bytes."""
+
+
+class Pair(NamedTuple):
+    """A figure of one run: which way of running it was, what the formula says and what was measured."""
+
+    way: Hashable
+    predicted: float
+    measured: float
+
+
+def fit_calibration(
+    observations: Sequence[Observation], formula: Formula, *, device: str, torch: str, trainer: str, model_type: str
+) -> Calibration | None:
+    """Return what runs of one card, torch release, trainer and family say of the formula; None if they are too few.
+
+    Memory is learned from runs that fitted and whose peak is known: a run that died shows where it died, and one whose
+    allocator had to empty its pool shows less than it wanted. One that is said to have needed less than its weights and
+    states is another job than was said, or no measurement.
+
+    Args:
+        observations: the runs, newest first, all of that card, torch, trainer and family.
+        formula: who answers without a correction.
+        device, torch, trainer, model_type: names of what they have in common.
+    """
+    runs = [_as_run(one) for one in observations if one.fits and one.peak_allocated_bytes and not one.num_retries]
+    runs = [run for run in runs if (run.peak_allocated_bytes or 0) >= (_ask(formula.certain, run) or 0)]
+    answered = [(run, peak) for run in runs if (peak := _ask(formula.peak, run)) is not None]
+    allocated = fit([Pair(_way(run), peak, run.peak_allocated_bytes or 0) for run, peak in answered])
+    if allocated is None:
+        return None
+    timed = [Pair(_way(run), said, run.step_seconds or 0) for run, said in _list_timed(runs, formula)]
+    return Calibration(
+        device=device, torch=torch, trainer=trainer, model_type=model_type, allocated=allocated,
+        slack=_fit_slack(runs, formula), context=_fit_context(runs), seconds=fit_helping(timed),
+    )  # fmt: skip
+
+
+def fit_helping(pairs: Iterable[Pair]) -> Correction | None:
+    """Return what `fit` does; None where the formula alone is as near: small differences are mostly noise."""
+    kept = list(pairs)
+    found = fit(kept)
+    return found if found is not None and found.median_error_fraction < measure_error(kept) else None
+
+
+def measure_error(pairs: Iterable[Pair]) -> float:
+    """Return the median error of predictions as they are, by size."""
+    return median(abs(pair.predicted / pair.measured - 1) for pair in pairs if pair.predicted > 0 and pair.measured > 0)
+
+
+def fit(pairs: Iterable[Pair]) -> Correction | None:
+    """Return the robust factor from predicted to measured, and its error on what was held out.
+
+    Runs of one way are one vote and are held out together, or a repetition would vouch for itself. None below three
+    different ways of running with both figures above zero.
+    """
+    kept = [pair for pair in pairs if pair.predicted > 0 and pair.measured > 0]
+    ways: dict[Hashable, list[float]] = {}
+    for pair in kept:
+        ways.setdefault(pair.way, []).append(math.log(pair.measured / pair.predicted))
+    votes = [median(logs) for logs in ways.values()]
+    if len(votes) < LEAST_RUNS:
+        return None
+    missed = [vote - median(votes[:index] + votes[index + 1 :]) for index, vote in enumerate(votes)]
+    errors = [abs(math.expm1(-miss)) for miss in missed]
+    return Correction(
+        factor=math.exp(median(votes)), num_runs=len(kept), num_different=len(votes),
+        median_error_fraction=median(errors), worst_error_fraction=max(errors),
+        worst_shortfall_fraction=max(0.0, math.expm1(max(missed))),
+    )  # fmt: skip
+
+
+def _as_run(observation: Observation) -> Observation:
+    """Return a run with the length that was really reached: shorter data must not pass for a formula too high."""
+    data, longest = observation.workload.data, observation.longest_tokens
+    if longest is None or not 0 < longest < data.seq_len:
+        return observation
+    return replace(observation, workload=replace(observation.workload, data=replace(data, seq_len=longest)))
+
+
+def _way(run: Observation) -> Hashable:
+    return run.workload.model, run.workload.recipe, run.workload.data.seq_len, run.workload.data.packing, run.strategy
+
+
+def _ask(question: Callable[[Workload, Strategy], T], run: Observation) -> T | None:
+    """Return the formula's answer for a run; None where it has none, or the run makes no sense to it."""
+    try:
+        return question(run.workload, run.strategy)
+    except (BrimError, ArithmeticError, LookupError, ValueError):
+        return None
+
+
+def _fit_slack(runs: Iterable[Observation], formula: Formula) -> Correction | None:
+    """Return the correction of what the allocator holds beyond its peak, from the newest ways of running."""
+    newest: dict[Hashable, Observation] = {}
+    for run in runs:
+        if run.peak_reserved_bytes:
+            newest.setdefault(_way(run), run)
+    pairs = []
+    for way, run in islice(newest.items(), _MOST_REPLAYS):
+        said, measured = _ask(formula.estimate, run), (run.peak_reserved_bytes or 0) - (run.peak_allocated_bytes or 0)
+        if said is not None:
+            pairs.append(Pair(way, said.peak_reserved_bytes - said.peak_allocated_bytes, measured))
+    return fit_helping(pairs)
+
+
+def _fit_context(runs: Iterable[Observation]) -> Correction | None:
+    """Return the correction of what is on the card beyond the allocator; other programs on it count too."""
+    known = [run for run in runs if run.device_bytes and run.peak_reserved_bytes]
+    return fit_helping(
+        Pair(_way(run), context_bytes(run.workload.cluster.device), run.device_bytes - run.peak_reserved_bytes)
+        for run in known
+    )
+
+
+def _list_timed(runs: Iterable[Observation], formula: Formula) -> Iterator[tuple[Observation, float]]:
+    """Yield the runs whose steps were as long as the formula takes them to be, and its seconds."""
+    for run in runs:
+        said = _ask(formula.seconds, run) if run.step_seconds and _is_full(run) else None
+        if said is not None:
+            yield run, said
+
+
+def _is_full(run: Observation) -> bool:
+    """Whether hardly a token was padding; a trial is full where nobody says otherwise."""
+    if run.tokens_per_second is None or run.step_seconds is None:
+        return run.kind == "trial"
+    strategy = run.strategy
+    planned = strategy.micro_batch_size * strategy.gradient_accumulation_steps * run.workload.data.seq_len
+    return run.tokens_per_second * run.step_seconds >= _FULL_FRACTION * planned

@@ -93,6 +93,13 @@ def peak_bytes(workload: Workload, strategy: Strategy) -> int:
     return max(first + slope * tokens for first, slope in profile.totals)
 
 
+def certain_bytes(workload: Workload, strategy: Strategy) -> int:
+    """Return what no peak is below, bytes: weights, and gradients and optimizer states that are there at once."""
+    profile = profile_strategy(workload, strategy)
+    tokens = strategy.micro_batch_size * _sequence_tokens(workload)
+    return profile.parameters_bytes + max((row.gradients + row.optimizer_states).at(tokens) for row in profile.rows)
+
+
 _PROFILES: dict[tuple[int, Strategy | tuple], tuple[Workload, Profile]] = {}
 _MOST_PROFILES = 512
 

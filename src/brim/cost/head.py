@@ -11,6 +11,7 @@ from brim.cost.norms import normalise
 from brim.cost.projection import project
 from brim.cost.setting import Setting
 from brim.cost.tape import ZERO, Tape, Tensor, fixed, per_token
+from brim.spec.device import BLOCK_BYTES
 from brim.spec.model import Linear, ModelShape
 from brim.spec.recipe import Engine
 from brim.spec.strategy import LossKernel
@@ -18,7 +19,6 @@ from brim.spec.strategy import LossKernel
 # trl/trainer/utils.py _CHUNKED_LOGPROB_CHUNK_SIZE and trl/kernels/chunked_logprob.py TOKEN_CHUNK_SIZE (trl 1.16)
 CHUNK_VOCABULARY = 32_768
 CHUNK_TOKENS = 4_096
-_LEAST_BLOCK_BYTES = 512  # c10/cuda/CUDACachingAllocator.cpp kMinBlockSize
 
 
 def record_head(shape: ModelShape, setting: Setting, engine: Engine, loss: LossKernel) -> tuple[Tape, Tensor]:
@@ -56,7 +56,7 @@ def _pools(shape: ModelShape) -> bool:
 def _pool(tape: Tape, x: Tensor, shape: ModelShape, setting: Setting) -> None:
     """One position of each sequence, whose logits take one block; gradients of the head's matrices take more."""
     trained = sum(linear.num_parameters for linear in shape.head) if setting.trains_base else 0
-    tape.op("pooling", [x], fixed(_LEAST_BLOCK_BYTES), weight_grad=fixed(setting.weight_bytes * trained))
+    tape.op("pooling", [x], fixed(BLOCK_BYTES), weight_grad=fixed(setting.weight_bytes * trained))
 
 
 def _dense(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from brim.cost.correction import Calibration
 from brim.spec.model import STRICT
 
 Source = Literal["rule", "formula", "trace", "trial"]
@@ -124,3 +125,5 @@ class Estimate:
     """What was assumed, one sentence each."""
     tensors: tuple[HeldTensor, ...] = ()
     """The largest of what is in memory at the peak, largest first; empty where the answerer knows no tensors."""
+    calibration: Calibration | None = None
+    """What measured runs corrected; None if the answer is as it was counted."""

@@ -78,3 +78,8 @@ _MODELING = {
 def find_modeling(model_type: str) -> Modeling:
     """Return the facts of an architecture's code; the plain ones are Llama's."""
     return _MODELING.get(model_type, _PLAIN)
+
+
+def list_families() -> frozenset[str]:
+    """Return the families whose code is not Llama's: their name decides what the formula says."""
+    return frozenset(_MODELING)

@@ -7,16 +7,15 @@ over the capacity is refused with `torch.OutOfMemoryError`, worded as CUDA words
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_iter
 
+from brim.spec.device import BLOCK_BYTES
 from brim.units import format_size
-
-BLOCK_BYTES = 512
-"""Sizes round up to it, as CUDA's do. Source: c10/cuda/CUDACachingAllocator.cpp kMinBlockSize."""
 
 Refuse = Callable[[int, int], bool]
 
@@ -54,15 +53,15 @@ class CappedMemory(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, and count what it made."""
         kwargs = kwargs or {}
-        for tensor in _list_tensors((args, kwargs)):
-            self._count(tensor, is_new=False)
+        for value in tree_iter((args, kwargs)):
+            self._count(value, is_new=False)
         found = func(*args, **kwargs)
-        for tensor in _list_tensors(found):
-            self._count(tensor, is_new=True)
+        for value in tree_iter(found):
+            self._count(value, is_new=True)
         return found
 
-    def _count(self, tensor: torch.Tensor, *, is_new: bool) -> None:
-        if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+    def _count(self, tensor: Any, *, is_new: bool) -> None:
+        if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -95,14 +94,3 @@ def find_capped() -> CappedMemory | None:
     """Return the capped CPU that is entered now, innermost; None if there is none."""
     modes = reversed(_get_current_dispatch_mode_stack())
     return next((mode for mode in modes if isinstance(mode, CappedMemory)), None)
-
-
-def _list_tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _list_tensors(part)
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from _list_tensors(part)

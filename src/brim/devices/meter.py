@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from brim.devices.capped import find_capped
+from brim.devices.capped import CappedMemory, find_capped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,11 +89,8 @@ class CudaMeter:
 class CappedMeter:
     """Counters of the capped CPU that this process runs on. It keeps no pool: reserved is what is allocated."""
 
-    def __init__(self) -> None:
-        """Read the capped CPU that is entered now."""
-        capped = find_capped()
-        if capped is None:
-            raise RuntimeError("no CappedMemory is entered")
+    def __init__(self, capped: CappedMemory) -> None:
+        """Read one capped CPU."""
         self._capped = capped
         self.name, self.capacity_bytes = "cpu", capped.capacity_bytes
 
@@ -125,4 +122,5 @@ def find_meter(device: torch.device | str | None = None) -> Meter | None:
     kind = torch.device(device).type if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda":
         return CudaMeter(None if device is None or torch.device(device).index is None else torch.device(device))
-    return CappedMeter() if kind == "cpu" and find_capped() is not None else None
+    capped = find_capped() if kind == "cpu" else None
+    return CappedMeter(capped) if capped is not None else None

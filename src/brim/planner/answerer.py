@@ -42,8 +42,10 @@ class Answerer:
     """Relative cost that ranks strategies when seconds are unknown."""
     order_text: str
     """What `order` prefers, in words."""
-    speed_source: str = "formula"
+    speed_source: str = "formula (unmeasured on this card)"
     """Who says what `seconds` says."""
+    basis: tuple[str, ...] = ()
+    """What the answers rest on beside the answerer itself, one sentence each."""
     confirm: Callable[[Workload, Strategy, bool], bool] | None = None
     """Looks closer at a strategy, exactly or at its kind, so that `peak` and `moment` answer better from now on; False
     if there was nothing left to do. None for answerers whose first answer is their best."""

@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from brim.cost.ledger import Estimate
-from brim.errors import InvalidFile, UnknownName, quoted
+from brim.errors import InvalidFile, UnknownName, first_line, quoted
 from brim.planner.record import SCHEMA_VERSION, Plan
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _parse(text: str, path: str) -> dict[str, Any]:
     try:
         document = json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise InvalidFile(path=path, problem=f"is no JSON: {_first_line(error)}") from None
+        raise InvalidFile(path=path, problem=f"is no JSON: {first_line(error)}") from None
     if not isinstance(document, dict):
         raise InvalidFile(path=path, problem="is no plan: not a JSON object")
     problem = _absurd(document)
@@ -125,13 +125,14 @@ def _drop_derived(document: dict[str, Any]) -> None:
 
 
 def _refuse(path: str, error: ValidationError) -> NoReturn:
+    raise InvalidFile(path=path, problem=describe_problem(error, "the plan")) from None
+
+
+def describe_problem(error: ValidationError, whole: str) -> str:
+    """Return the first thing that is wrong with a document, and where; `whole` names the document itself."""
     first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])[:120] or "the plan"
-    raise InvalidFile(path=path, problem=f"{where}: {_first_line(first['msg'])}") from None
-
-
-def _first_line(error: object) -> str:
-    return quoted(str(error).splitlines()[0] if str(error) else "unreadable")[1:-1]
+    where = ".".join(str(part) for part in first["loc"])[:120] or whole
+    return f"{where}: {first_line(first['msg'])}"
 
 
 def _contradiction(plan: Plan) -> str:

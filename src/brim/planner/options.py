@@ -91,6 +91,8 @@ class JobOptions:
     """Whether the run goes on from a checkpoint."""
     moe_imbalance: float | None = None
     """Tokens of the busiest expert as a multiple of an even share, for the trace."""
+    history: bool | None = None
+    """Whether measured runs of this card, trainer and family correct the formula; they do unless this is false."""
     refresh: bool | None = None
     """Whether the hub is asked before built-in cards and the cache."""
 
@@ -107,7 +109,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "allocator": get_args(Allocator), "optimizer_kernel": get_args(OptimizerKernel),
     "loss_kernel": get_args(LossKernel), "quantization": get_args(LoadFormat),
 }  # fmt: skip
-_TRUTHS = ("use_dora", "use_rslora", "packing", "double_quant", "precompute_ref_log_probs", "resume", "refresh")
+_TRUTHS = ("use_dora", "use_rslora", "packing", "double_quant", "precompute_ref_log_probs", "resume", "history",
+           "refresh")
 _WORDS = ("gpu", "trainer", "target", "task", "dataset", "optimizer")
 _LONGEST_WORD = 4096
 

@@ -16,5 +16,7 @@ def paged_bytes(workload: Workload, estimate: Estimate) -> int:
     """
     if estimate.source != "formula" or not find_optimizer(workload.recipe.optimizer).paged:
         return 0
-    outside = estimate.device_bytes - estimate.peak_reserved_bytes
-    return max(0, outside - context_bytes(workload.cluster.device))
+    outside, context = estimate.device_bytes - estimate.peak_reserved_bytes, context_bytes(workload.cluster.device)
+    if estimate.calibration is not None and estimate.calibration.context is not None:
+        context = estimate.calibration.context.scale(context)
+    return max(0, outside - context)

@@ -26,6 +26,7 @@ def list_reasons(
         *_checkpointing(found, best),
         *_kept(fixed),
         budget.sentence,
+        *answerer.basis,
         _speed(workload, best, answerer),
     )
 
@@ -110,4 +111,4 @@ def _kept(fixed: Fixed) -> Iterator[str]:
 def _speed(workload: Workload, best: Costed, answerer: Answerer) -> str:
     if best.seconds is None:
         return f"{workload.cluster.device.name}: {answerer.order_text}"
-    return f"step time by {answerer.speed_source} (unmeasured on this card)"
+    return f"step time by {answerer.speed_source}"

@@ -15,7 +15,7 @@ from brim.cost.ledger import Ledger, Moment
 from brim.probes.phases import UNCOUNTED
 from brim.probes.pieces import STRIDE, Event, Piece
 from brim.probes.stream import Traced, list_moments
-from brim.probes.tracker import BLOCK_BYTES
+from brim.spec.device import BLOCK_BYTES
 
 SOLVED_AT = (2, 3)
 """Micro-batches that are traced; a single sequence is a case of its own (copies that expansion avoids)."""

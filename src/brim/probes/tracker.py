@@ -19,14 +19,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from brim.probes.pieces import Event
+from brim.spec.device import BLOCK_BYTES
 
 Category = Literal[
     "parameter", "buffer", "gradient", "optimizer_state", "activation", "temporary", "input", "workspace", "paged"
 ]
 Workspaces = Callable[[Any, tuple[Any, ...], Any], Iterable[int]]
 
-BLOCK_BYTES = 512
-"""The CUDA caching allocator hands out multiples of this. Source: c10/cuda/CUDACachingAllocator.cpp kMinBlockSize."""
 _ENGINE = ("_engine_run_backward", "graph.py")
 _LOOP = ("/brim/probes/step.py", "/brim/probes/preferences.py")
 # Autograd's functions that write a new tensor only because they meet a subclass: sums of gradients (input_buffer.cpp

@@ -32,6 +32,19 @@ def open_regular(path: str) -> Iterator[tuple[BinaryIO, int]]:
         raise InvalidFile(path=path, problem=f"cannot be read: {error.strerror or error}") from None
 
 
+def read_whole(path: str, most_bytes: int, advice: str) -> bytes:
+    """Return the bytes of a regular file.
+
+    Raises:
+        InvalidFile: as `open_regular`, or larger than `most_bytes`, with what to do about that.
+    """
+    with open_regular(path) as (file, _):
+        raw = file.read(most_bytes + 1)
+    if len(raw) > most_bytes:
+        raise InvalidFile(path=path, problem=f"is larger than {most_bytes:,} bytes; {advice}")
+    return raw
+
+
 def _open(path: str) -> tuple[int, os.stat_result]:
     try:
         descriptor = os.open(path, _OPEN_FLAGS | getattr(os, "O_BINARY", 0))

@@ -9,7 +9,15 @@ from brim.planner.paging import paged_bytes
 from brim.planner.record import Plan
 from brim.report.memory import PAGED_WORDS, list_device_rows
 from brim.report.numbers import format_gib, format_share
-from brim.report.plan import describe_margin, describe_speed, format_verdict, is_fitting, list_paged, list_schedule
+from brim.report.plan import (
+    describe_margin,
+    describe_speed,
+    describe_speed_source,
+    format_verdict,
+    is_fitting,
+    list_paged,
+    list_schedule,
+)
 from brim.report.svg import COLORS, draw_moments
 from brim.report.words import describe_knobs, describe_strategy, describe_workload, list_varied
 from brim.units import format_size
@@ -66,7 +74,7 @@ def _format_head(plan: Plan) -> str:
         f"{format_size(used_bytes)} of {format_size(plan.capacity_bytes)} "
         f"({format_share(used_bytes, plan.capacity_bytes)})"
     )
-    speed = f"{describe_speed(plan)}" + (" (unmeasured on this card)" if plan.estimate.step_time else "")
+    speed = describe_speed(plan) + (f"; {describe_speed_source(plan.estimate)}" if plan.estimate.step_time else "")
     lines = (describe_workload(plan.workload), describe_knobs(plan.strategy))
     memory = "; ".join((memory, *list_paged(plan), describe_margin(plan.estimate)))
     figures = (memory, speed)

@@ -11,7 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from brim.cost.calibration import find_accuracy
+from brim.cost.correction import Calibration
 from brim.cost.ledger import Estimate
+from brim.planner.calibrated import describe_calibrated_speed
 from brim.planner.paging import paged_bytes
 from brim.planner.record import Plan, Rejected
 from brim.report.commands import Commands
@@ -85,6 +87,8 @@ def format_verdict(plan: Plan) -> str:
 
 def describe_margin(estimate: Estimate) -> str:
     """Return who answered, and how wrong that answerer has been on published runs of one device."""
+    if estimate.calibration is not None:
+        return _describe_calibrated(estimate, estimate.calibration)
     allocated, device = (find_accuracy(estimate.source, meter) for meter in ("allocated", "device"))
     if allocated is None:
         return f"{estimate.source}; its error has not been measured"
@@ -101,6 +105,22 @@ def describe_margin(estimate: Estimate) -> str:
     return f"{words}; nvidia-smi figure: median error {format_share(device.median_error_fraction, 1)}"
 
 
+def _describe_calibrated(estimate: Estimate, calibration: Calibration) -> str:
+    known = calibration.allocated
+    return (
+        f"{estimate.source}, calibrated on {known.num_runs} measured runs of {calibration.device}; held-out error of "
+        f"its allocated peak: median {known.median_error_fraction:.1%}, worst {known.worst_error_fraction:.1%}; "
+        f"margin {format_size(estimate.margin_bytes)}"
+    )
+
+
+def describe_speed_source(estimate: Estimate) -> str:
+    """Return who says the step time, and how much that is worth on this card."""
+    if estimate.calibration is not None and estimate.calibration.seconds is not None:
+        return describe_calibrated_speed(estimate.calibration.seconds)
+    return f"{estimate.source} (unmeasured on this card)"
+
+
 def format_figures(plan: Plan) -> Table:
     """Return job, strategy, memory and speed, one block each."""
     grid = make_grid(2)
@@ -111,7 +131,7 @@ def format_figures(plan: Plan) -> Table:
         grid.add_row("", Text(line, style="dim"))
     grid.add_row("speed", Text(describe_speed(plan)))
     if plan.estimate.step_time is not None:
-        grid.add_row("", Text(f"{plan.estimate.source} (unmeasured on this card)", style="dim"))
+        grid.add_row("", Text(describe_speed_source(plan.estimate), style="dim"))
     return grid
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from brim.errors import InvalidInput
 from brim.losses.form import AuxiliaryTap, LossForm
 from brim.runtime.accumulate import Inputs, find_device, measure_model, unwrap_model
+from brim.runtime.ranks import reduce_unused
 from brim.runtime.window import Window, open_window
 
 
@@ -143,6 +144,7 @@ class AccelerateBatches:
 
     def _open(self, batches: list[Inputs]) -> Window:
         device = find_device(self._model)
+        reduce_unused(self._model)
         if self._form is None:
             self._form = measure_model(self._model, self._loss, batches, None, self._group)
         if self._form.auxiliary and self._tap is None:

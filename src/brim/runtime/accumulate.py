@@ -15,7 +15,7 @@ from brim.errors import InvalidInput
 from brim.losses.form import AuxiliaryTap, LossForm, list_coefficients
 from brim.losses.measure import measure_form
 from brim.losses.rules import count_rows
-from brim.runtime.ranks import is_distributed, share_inputs
+from brim.runtime.ranks import is_distributed, reduce_unused, share_inputs
 from brim.runtime.window import Window, open_window
 
 Inputs = Mapping[str, Any]
@@ -188,5 +188,6 @@ def reducing(model: nn.Module, reduces: bool) -> AbstractContextManager[Any]:
     """Return the context of a micro-batch whose backward pass reduces gradients over ranks, or does not."""
     if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
         model.set_requires_gradient_sync(reduces)
+        reduce_unused(model)
         return nullcontext()
     return model.no_sync() if not reduces and hasattr(model, "no_sync") else nullcontext()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from brim.errors import InvalidInput
 from brim.losses.form import AuxiliaryTap, LossForm, list_coefficients
 from brim.losses.measure import measure_form, refuse_batch_norm
-from brim.runtime.ranks import gather_numbers, is_distributed, share_inputs
+from brim.runtime.ranks import gather_numbers, is_distributed, reduce_unused, share_inputs
 
 try:
     from lightning.pytorch import Callback
@@ -39,8 +39,9 @@ class LightningExact(Callback):
 
     What `training_step` returns to Lightning is weighted; what it logs by itself is not.
 
-    Leaves out: strategies that keep gradients to themselves (FSDP, DeepSpeed: refused), manual optimization (refused:
-    there `brim.accumulate` does it).
+    Works with one device, DDP, and FSDP2 (`ModelParallelStrategy` without tensor parallelism). Leaves out: strategies
+    that keep gradients to themselves (FSDP1, DeepSpeed: refused), auxiliary losses under FSDP2 (refused: shards would
+    not get their gradients), manual optimization (refused: there `brim.accumulate` does it).
 
     Args:
         model: attribute of the module that holds the network whose outputs show auxiliary losses.
@@ -58,6 +59,8 @@ class LightningExact(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the weight into the module's training step."""
         _refuse(trainer, pl_module)
+        for part in pl_module.modules():
+            reduce_unused(part)
         step = pl_module.training_step
         self._own_step = vars(pl_module).get("training_step")
 
@@ -127,6 +130,7 @@ class LightningExact(Callback):
                 self._form = measure_form(loss_of, network, sample, coefficients=declared)
         self._typical = max(int(self._form.rule.count(sample)), 1)
         if self._form.auxiliary:
+            _refuse_auxiliary(module)
             self._tap = AuxiliaryTap(network)
 
     def _split_off(self, module: Any, loss: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
@@ -189,5 +193,25 @@ def _refuse(trainer: Any, module: Any) -> None:
     if not module.automatic_optimization:
         raise InvalidInput("LightningExact needs automatic optimization; in your own loop use brim.accumulate")
     strategy = type(trainer.strategy).__name__
-    if trainer.strategy.handles_gradient_accumulation or any(word in strategy for word in ("FSDP", "Model", "XLA")):
-        raise InvalidInput(f"{strategy} keeps gradients to itself; LightningExact works with one device and with DDP")
+    if trainer.strategy.handles_gradient_accumulation or any(word in strategy for word in ("FSDP", "XLA")):
+        raise InvalidInput(
+            f"{strategy} keeps gradients to itself; LightningExact works with one device, DDP and ModelParallelStrategy"
+        )
+    size = trainer.strategy.device_mesh["tensor_parallel"].size() if _is_sharded(trainer) else 1
+    if size > 1:
+        raise InvalidInput(
+            f"tensor parallelism over {size} ranks shares rows between ranks, which cannot be counted yet"
+        )
+
+
+def _is_sharded(trainer: Any) -> bool:
+    """Return whether the strategy leaves it to the module to shard itself by FSDP2."""
+    return type(trainer.strategy).__name__ == "ModelParallelStrategy"
+
+
+def _refuse_auxiliary(module: Any) -> None:
+    if _is_sharded(module.trainer):
+        raise InvalidInput(
+            "auxiliary losses under FSDP2: their gradients are kept apart, and the shards would not get them; use DDP, "
+            "brim.accumulate in a loop of your own, or switch the auxiliary loss off"
+        )

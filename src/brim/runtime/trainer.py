@@ -11,7 +11,7 @@ from torch import Tensor
 from brim.errors import InseparableLoss, InvalidInput
 from brim.losses.form import AuxiliaryTap, LossForm
 from brim.runtime.accelerate_loop import divides_by
-from brim.runtime.ranks import gather_numbers
+from brim.runtime.ranks import gather_head, gather_numbers, reduce_unused
 from brim.runtime.trainer_loop import measure_trainer, steps_when_short
 from brim.runtime.window import Window, open_window
 
@@ -45,6 +45,7 @@ class ExactAccumulation:
         self._exact_window = open_window(self._exact_form, batches, self.args.device)
         self._exact_index = -1
         self._exact_keep_auxiliary()
+        reduce_unused(self.model)
         wanted = self._exact_window.most_micro_batches
         if 0 < wanted < steps and not steps_when_short(self):
             wanted = steps
@@ -57,6 +58,7 @@ class ExactAccumulation:
         if self._exact_window is None:
             return super().training_step(model, inputs, *args, **kwargs)
         self._exact_index += 1
+        gather_head(self.model)
         with self._exact_backward():
             super().training_step(model, self._exact_window.prepare(self._exact_index, inputs), *args, **kwargs)
         share, self._exact_share = self._exact_share, None

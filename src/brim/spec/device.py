@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from brim.spec.model import STRICT
 
+BLOCK_BYTES = 512
+"""The CUDA caching allocator hands out multiples of this. Source: c10/cuda/CUDACachingAllocator.cpp kMinBlockSize."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
