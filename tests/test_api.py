@@ -18,8 +18,8 @@ from brim.readers.sources import read_model
 PUBLIC = [
     "AccumulationReport", "BrimError", "DoesNotFit", "Estimate", "ExactAccumulation", "Export", "LightningExact",
     "ModelShape", "NeutralityReport", "Plan", "Strategy", "Workload", "__version__", "accumulate",
-    "accumulate_contrastive", "estimate", "exact_accelerate", "export", "guard", "load_plan", "plan", "read_model",
-    "save_plan", "schema", "trace", "unguard", "verify_accumulation", "verify_neutrality",
+    "accumulate_contrastive", "estimate", "exact_accelerate", "export", "guard", "load_plan", "load_run", "plan",
+    "read_model", "save_plan", "schema", "trace", "unguard", "verify_accumulation", "verify_neutrality", "watch",
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
         estimate,
         export,
         load_plan,
+        load_run,
         plan,
         save_plan,
         schema,
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
         verify_accumulation,
         verify_neutrality,
     )
+    from brim.api.watched import guard, watch
     from brim.checks.report import AccumulationReport, NeutralityReport
     from brim.cost.ledger import Estimate
     from brim.errors import BrimError, DoesNotFit
@@ -26,10 +28,9 @@ if TYPE_CHECKING:
     from brim.runtime.accelerate_loop import exact_accelerate
     from brim.runtime.accumulate import accumulate
     from brim.runtime.contrastive import accumulate_contrastive
-    from brim.runtime.guard import guard, unguard
+    from brim.runtime.guard import unguard
     from brim.runtime.lightning import LightningExact
     from brim.runtime.trainer import ExactAccumulation
-    from brim.runtime.watched_loop import watch
     from brim.spec.model import ModelShape
     from brim.spec.strategy import Strategy
     from brim.spec.workload import Workload
@@ -42,6 +43,7 @@ _HOMES = {
     "export": "brim.api",
     "save_plan": "brim.api",
     "load_plan": "brim.api",
+    "load_run": "brim.api",
     "schema": "brim.api",
     "trace": "brim.api",
     "verify_accumulation": "brim.api",
@@ -50,10 +52,10 @@ _HOMES = {
     "accumulate_contrastive": "brim.runtime.contrastive",
     "exact_accelerate": "brim.runtime.accelerate_loop",
     "LightningExact": "brim.runtime.lightning",
-    "guard": "brim.runtime.guard",
+    "guard": "brim.api.watched",
     "unguard": "brim.runtime.guard",
     "ExactAccumulation": "brim.runtime.trainer",
-    "watch": "brim.runtime.watched_loop",
+    "watch": "brim.api.watched",
     "AccumulationReport": "brim.checks.report",
     "NeutralityReport": "brim.checks.report",
     "read_model": "brim.readers.sources",
@@ -71,8 +73,8 @@ _HOMES = {
 __all__ = [
     "AccumulationReport", "BrimError", "DoesNotFit", "Estimate", "ExactAccumulation", "Export", "LightningExact",
     "ModelShape", "NeutralityReport", "Plan", "Strategy", "Workload", "__version__", "accumulate",
-    "accumulate_contrastive", "estimate", "exact_accelerate", "export", "guard", "load_plan", "plan", "read_model",
-    "save_plan", "schema", "trace", "unguard", "verify_accumulation", "verify_neutrality", "watch",
+    "accumulate_contrastive", "estimate", "exact_accelerate", "export", "guard", "load_plan", "load_run", "plan",
+    "read_model", "save_plan", "schema", "trace", "unguard", "verify_accumulation", "verify_neutrality", "watch",
 ]  # fmt: skip
 
 

@@ -7,8 +7,8 @@ import brim
 PUBLIC = {
     "AccumulationReport", "BrimError", "DoesNotFit", "Estimate", "ExactAccumulation", "Export", "LightningExact",
     "ModelShape", "NeutralityReport", "Plan", "Strategy", "Workload", "__version__", "accumulate",
-    "accumulate_contrastive", "estimate", "exact_accelerate", "export", "guard", "load_plan", "plan", "read_model",
-    "save_plan", "schema", "trace", "unguard", "verify_accumulation", "verify_neutrality", "watch",
+    "accumulate_contrastive", "estimate", "exact_accelerate", "export", "guard", "load_plan", "load_run", "plan",
+    "read_model", "save_plan", "schema", "trace", "unguard", "verify_accumulation", "verify_neutrality", "watch",
 }  # fmt: skip
 
 

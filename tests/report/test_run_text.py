@@ -52,9 +52,9 @@ def test_numbers_and_verdicts(render: Callable[..., str]) -> None:
 
 
 def test_what_is_not_known_is_left_out(render: Callable[..., str]) -> None:
-    bare = RunRecord(state="died", problem="memory ran out", measured=Measured(num_steps=1, device="cpu"))
+    bare = RunRecord(state="died", problem="out of memory", measured=Measured(num_steps=1, device="cpu"))
     text = render(format_run(bare))
-    assert text.startswith("Died after 1 optimizer step on cpu: memory ran out")
+    assert text.startswith("Died after 1 optimizer step on cpu: out of memory")
     assert "GiB" not in text and "Warnings" not in text
 
 

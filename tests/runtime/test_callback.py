@@ -224,7 +224,7 @@ def test_a_run_that_dies_leaves_its_record(tmp_path: Path, measured: int) -> Non
     with CappedMemory(round(1.6 * measured)), pytest.raises(torch.OutOfMemoryError):
         run(tmp_path, plan, make_rows(*[LENGTH] * 12, *[16 * LENGTH] * 4), note=notes.append)
     record = read(tmp_path)
-    assert (record.state, record.problem) == ("died", "memory ran out")
+    assert (record.state, record.problem) == ("died", "out of memory")
     assert [one.fits for one in notes] == [False] and notes[0].num_steps == 3
     found = [(one.code, one.severity, one.step) for one in record.verdicts]
     assert found == [("peak_ahead", "danger", 2), ("out_of_memory", "danger", 3)]  # said before it happened

@@ -98,7 +98,7 @@ def test_lengths_count_with_the_peaks_they_belong_to() -> None:
     toy.step(batch=make_batch(2, 512))  # the first step's peak is left out, and so is its length
     toy.steps(3)
     toy.watcher.add(make_batch(2, 1024))  # a step that memory runs out in
-    assert toy.watcher.finish("memory ran out").longest_tokens == LENGTH
+    assert toy.watcher.finish("out of memory").longest_tokens == LENGTH
 
 
 def test_a_run_of_one_step_is_all_there_is() -> None:
@@ -181,7 +181,7 @@ def test_retries_before_the_run_do_not_count() -> None:
     toy.steps(2)
     assert toy.codes == ["retries"]
     found = toy.watcher.finish()
-    assert not found.fits and found.num_retries == 2 and "2 times" in found.problem
+    assert not found.fits and found.num_retries == 2 and "2 allocator retries" in found.problem
 
 
 def test_a_run_that_slows_down() -> None:
@@ -292,9 +292,9 @@ def test_a_run_that_died(tmp_path: Path) -> None:
     toy = Toy(folder=tmp_path)
     toy.steps(4)
     toy.meter.ooms = 1
-    found = toy.watcher.finish("memory ran out")
-    assert not found.fits and found.problem == "memory ran out"
-    assert (read(tmp_path).state, read(tmp_path).problem) == ("died", "memory ran out")
+    found = toy.watcher.finish("out of memory")
+    assert not found.fits and found.problem == "out of memory"
+    assert (read(tmp_path).state, read(tmp_path).problem) == ("died", "out of memory")
 
 
 def test_another_rank_neither_speaks_nor_writes(tmp_path: Path) -> None:
@@ -333,7 +333,7 @@ def test_the_plain_form_lets_errors_through(tmp_path: Path) -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         loop()
-    assert (read(tmp_path).state, read(tmp_path).problem) == ("died", "memory ran out")
+    assert (read(tmp_path).state, read(tmp_path).problem) == ("died", "out of memory")
 
 
 @pytest.mark.parametrize(("inputs", "found"), [

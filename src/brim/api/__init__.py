@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from brim.api.files import export, load_plan, save_plan
+from brim.api.files import export, load_plan, load_run, save_plan, schema
 from brim.api.measured import (
     Wanted,
     add_observation,
@@ -16,11 +16,11 @@ from brim.api.measured import (
 )
 from brim.api.plans import estimate, plan, trace
 from brim.api.proofs import verify_accumulation, verify_neutrality
-from brim.planner.document import describe_estimate, describe_estimates, describe_plan, schema
+from brim.planner.document import describe_estimate, describe_estimates, describe_plan
 
 __all__ = [
     "Wanted", "add_observation", "count_observations", "describe_estimate", "describe_estimates",
     "describe_observations", "describe_plan", "estimate", "export", "export_history", "forget", "import_history",
-    "list_calibrations", "list_observations", "load_plan", "plan", "save_plan", "schema", "trace",
+    "list_calibrations", "list_observations", "load_plan", "load_run", "plan", "save_plan", "schema", "trace",
     "verify_accumulation", "verify_neutrality",
 ]  # fmt: skip

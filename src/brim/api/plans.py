@@ -11,7 +11,7 @@ from brim.api.answerers import check_answerer, find_answerer, make_builder
 from brim.api.jobs import read_job
 from brim.api.measured import calibrate
 from brim.errors import InvalidInput, quoted
-from brim.exporters.files import write_text
+from brim.files import write_text
 from brim.planner.answerer import Answerer
 from brim.planner.candidates import check_strategy, list_variants
 from brim.planner.job import Job

@@ -9,7 +9,7 @@ from brim.cli.results import print_plan, suggest_file
 from brim.cli.watched import find_run, print_run
 
 _PLAN = typer.Argument(
-    ..., metavar="PLAN", show_default=False, help="A file that `brim plan --out` wrote, or a run's brim-run.json."
+    ..., metavar="PLAN", show_default=False, help="What `brim plan --out` wrote, or a run's brim-run.json."
 )
 
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import wraps
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 from brim.devices.meter import find_meter
@@ -17,6 +16,8 @@ from brim.planner.record import Plan
 from brim.runtime.judge import judge_loss, judge_split
 from brim.runtime.lengths import find_longest
 from brim.runtime.observe import Note, Task, Watcher, say
+from brim.runtime.run_record import name_problem
+from brim.runtime.survival import read_survival
 from brim.runtime.trainer import ExactAccumulation
 from brim.spec.strategy import Strategy
 
@@ -94,11 +95,8 @@ class WatchCallback(TrainerCallback):
             if self.tap is None:
                 return theirs(model, inputs, *args, **kwargs)
             return self.tap.run(theirs, model, inputs, *args, **kwargs)
-        except torch.OutOfMemoryError:
-            self.finish("memory ran out")
-            raise
         except BaseException as error:
-            self.finish(type(error).__name__)
+            self.finish(name_problem(type(error)))
             raise
 
     def log(self, theirs: Callable[..., Any], logs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -178,6 +176,7 @@ def _read_task(trainer: Any, plan: Plan | None, state: Any) -> Task:
     return Task(
         plan=plan, strategy=_read_strategy(trainer, plan), coming_tokens=coming, last_step=last if last > 0 else None,
         folder=args.output_dir, is_first=state.is_world_process_zero, device=args.device,
+        survival=lambda: read_survival(getattr(trainer, "recovery", None)),
     )  # fmt: skip
 
 

@@ -19,12 +19,12 @@ class Forecast:
 
     def __init__(self, plan: Plan, strategy: Strategy) -> None:
         """Ask about the job of a plan, run as `strategy` says."""
-        self._plan, self._strategy = plan, strategy
+        self._plan, self.strategy = plan, strategy
         self._known: dict[tuple[int, Strategy], int | None] = {}
 
     def peak(self, num_tokens: int, strategy: Strategy | None = None) -> int | None:
         """Return the peak allocated bytes where the longest sequence has `num_tokens`; None where nobody knows."""
-        key = (num_tokens, strategy or self._strategy)
+        key = (num_tokens, strategy or self.strategy)
         if key not in self._known:
             self._known[key] = self._ask(*key)
         return self._known[key]
@@ -41,10 +41,9 @@ class Forecast:
             return None
 
     def _follow_plan(self, found: int) -> int:
-        """Return the formula's peak as the plan's own answerer would say it, where both were asked the same."""
+        """Return the bare formula's peak as the plan's own answerer would say it, which may be the formula corrected by
+        measured runs: by what both say of the plan as it stands."""
         plan = self._plan
-        if plan.estimate.source == "formula":
-            return found
         return correct_peak(found, peak_bytes(plan.workload, plan.strategy), plan.estimate.peak_allocated_bytes)
 
     def find_fitting(
@@ -74,15 +73,15 @@ class Forecast:
 
     def _list_splits(self) -> Iterator[Strategy]:
         """Yield smaller micro-batches of the same effective batch, the largest first."""
-        window = self._strategy.micro_batch_size * self._strategy.gradient_accumulation_steps
-        for size in range(self._strategy.micro_batch_size - 1, 0, -1):
+        window = self.strategy.micro_batch_size * self.strategy.gradient_accumulation_steps
+        for size in range(self.strategy.micro_batch_size - 1, 0, -1):
             if window % size == 0:
-                yield replace(self._strategy, micro_batch_size=size, gradient_accumulation_steps=window // size)
+                yield replace(self.strategy, micro_batch_size=size, gradient_accumulation_steps=window // size)
 
     def _list_checkpointings(self) -> Iterator[Strategy]:
         kinds = ("none", "selective", "full")
-        for kind in kinds[kinds.index(self._strategy.activation_checkpointing) + 1 :]:
-            yield replace(self._strategy, activation_checkpointing=kind)
+        for kind in kinds[kinds.index(self.strategy.activation_checkpointing) + 1 :]:
+            yield replace(self.strategy, activation_checkpointing=kind)
 
 
 def _find_longest(fits: Callable[[int], bool], low: int, high: int) -> int | None:

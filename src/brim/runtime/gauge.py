@@ -19,10 +19,7 @@ class Gauge:
         self.trained_bytes = self.allocated_bytes = self.reserved_bytes = self.device_bytes = 0
         self.last: Reading | None = None
         self._before = (0, 0)
-        if meter is not None:
-            meter.reset_peak()
-            reading = meter.read()
-            self._before = (reading.num_retries, reading.num_ooms)
+        self.begin_again()
 
     @property
     def capacity_bytes(self) -> int | None:
@@ -58,6 +55,14 @@ class Gauge:
         if self._meter is not None:
             self._meter.reset_peak()
         self.trained_bytes = self.allocated_bytes = self.reserved_bytes = 0
+
+    def begin_again(self) -> None:
+        """Forget all that was counted so far: another way of running begins."""
+        self.restart()
+        self.last = None
+        if self._meter is not None:
+            reading = self._meter.read()
+            self._before = (reading.num_retries, reading.num_ooms)
 
     def _read(self) -> Reading | None:
         if self._meter is None:

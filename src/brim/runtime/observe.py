@@ -20,12 +20,14 @@ from brim.runtime.pace import Mark, Pace
 from brim.runtime.ranks import gather_numbers
 from brim.runtime.run_record import write_run
 from brim.runtime.sight import Sight, Verdict, describe_progress
+from brim.runtime.survival import Ask, Survival, describe_survival, follow
 from brim.runtime.worst import UNKNOWN, Numbers, Worst, find_worst
 from brim.spec.observation import Observation
 from brim.spec.strategy import Strategy
 
 T = TypeVar("T")
-Note = Callable[[Observation], None]
+Note = Callable[[Observation], Any]
+"""Takes a run when it is over; a text that it returns is said as a warning."""
 
 _FIRST_STEPS, _EVERY = (2, 3, 5, 10, 20, 30, 40), 50
 _SETTLED = 3
@@ -54,6 +56,8 @@ class Task:
     """Where the tensors of a collective live."""
     group: Any = None
     """Process group of the ranks; the default one if None."""
+    survival: Ask = Survival
+    """Tells how the run goes on after an out-of-memory that was survived, alike on every rank; asked each step."""
 
 
 def say(line: str) -> None:
@@ -85,6 +89,7 @@ class Watcher:
         self.task, self.verdicts, self.step = task, list[Verdict](), 0
         self.name = meter.name if meter is not None else "cpu"
         self.gauge, self.pace = Gauge(meter), Pace(clock)
+        self.strategy, self._survival = task.strategy, Survival()
         self._forecast = Forecast(task.plan, task.strategy) if task.plan is not None else None
         self._tell, self._note = tell, note
         self._is_broken = self._is_unwritable = self._has_told = False
@@ -121,9 +126,11 @@ class Watcher:
         Args:
             looks: read the counters in any case: something else comes next that may hide the peak.
         """
-        self._safely(self.pace.end_step)
         self.step += 1
-        if self.step == 1:
+        changed = self._safely(self._follow_survival)
+        if not changed:
+            self._safely(self.pace.end_step)
+        if self.step == 1 and not changed:
             self._safely(self._leave_first)
         if self.step in _FIRST_STEPS or self.step % _EVERY == 0 or self.step == self.task.last_step:
             mine = self._safely(self._collect) or Numbers()
@@ -133,8 +140,10 @@ class Watcher:
 
     def find(self, verdict: Verdict | None) -> None:
         """Say a verdict, unless one of its code was said; only the first rank does."""
-        if verdict is None or any(verdict.code == one.code for one in self.verdicts):
-            return
+        if verdict is not None and all(verdict.code != one.code for one in self.verdicts):
+            self._say(verdict)
+
+    def _say(self, verdict: Verdict) -> None:
         self.verdicts.append(verdict)
         if self.task.is_first:
             self._tell(f"brim: {verdict.severity}: {verdict.text}")
@@ -152,6 +161,29 @@ class Watcher:
         if not self.step:
             return None
         return self._safely(self._finish, problem)
+
+    def _follow_survival(self) -> bool:
+        """Return whether the step that ends now was survived; what is measured from here on is another way of running.
+
+        The first rank says what was survived; peaks, counters and speeds begin again, and the estimate is asked anew.
+        """
+        now, before = self.task.survival(), self._survival
+        if now == before:
+            return False
+        self._survival, ran = now, self.strategy
+        self.strategy = follow(self.task.strategy, now)
+        if self._forecast is not None:
+            self._forecast.strategy = self.strategy
+        if now.num_events == before.num_events and (self.strategy == ran or self.step == 1):
+            return False  # the split that the run began with
+        self.pace.drop_step()
+        self.pace.forget_shapes()
+        self.gauge.begin_again()
+        self._worst, self._settled = Worst(Numbers(), 0, 1), None
+        self._stretch, self._token_seconds = self.pace.read(), []
+        if now.num_events > before.num_events:
+            self._say(describe_survival(self.step, now, self.strategy))
+        return True
 
     def _leave_first(self) -> None:
         """Read what the first step took; unless it is the only one, peaks begin again."""
@@ -219,8 +251,8 @@ class Watcher:
         coming = max(coming, seen) if coming is not None and seen is not None else coming
         real, run, seconds = now.real_tokens, now.run_tokens, now.step_seconds
         sight = Sight(
-            step=self.step, micro_batch_size=task.strategy.micro_batch_size,
-            gradient_accumulation_steps=task.strategy.gradient_accumulation_steps,
+            step=self.step, micro_batch_size=self.strategy.micro_batch_size,
+            gradient_accumulation_steps=self.strategy.gradient_accumulation_steps,
             capacity_bytes=_whole(now.capacity_bytes), budget_bytes=plan.budget_bytes if plan is not None else None,
             peak_allocated_bytes=_whole(now.trained_bytes),
             aside_bytes=_whole(now.allocated_bytes) if now.allocated_bytes > now.trained_bytes else None,
@@ -287,14 +319,20 @@ class Watcher:
             if not problem or verdict.code in OUT_OF_ROOM:
                 self.find(verdict)
         record = self._write(state="died" if problem else "ended", problem=problem)
-        if record.observation is not None and self._note is not None:
-            self._note(record.observation)
+        if record.observation is not None:
+            self._safely(self._hand_on, record.observation)
         return record.observation
+
+    def _hand_on(self, observation: Observation) -> None:
+        said = self._note(observation) if self._note is not None else None
+        if isinstance(said, str):
+            self._tell(f"brim: warning: {said}")
 
     def _write(self, *, state: Any, problem: str = "") -> Any:
         record = build_record(
-            self.task, self._worst, self.sight, tuple(self.verdicts), name=self.name, state=state, problem=problem
-        )
+            self.task, self.strategy, self._worst, self.sight, tuple(self.verdicts), name=self.name, state=state,
+            problem=problem,
+        )  # fmt: skip
         if self.task.folder is None or self._is_unwritable:
             return record
         try:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import TYPE_CHECKING, Literal
 
 from brim.planner.record import Plan
-from brim.runtime.run_record import Expected, Measured, RunRecord
+from brim.runtime.run_record import OUT_OF_MEMORY, Expected, Measured, RunRecord
 from brim.runtime.sight import Sight, Verdict
 from brim.runtime.worst import Worst
+from brim.spec.device import CPU, Device
 from brim.spec.observation import Observation, Prediction
+from brim.spec.strategy import Strategy
+from brim.spec.workload import Workload
 
 if TYPE_CHECKING:
     from brim.runtime.observe import Task
@@ -24,13 +28,14 @@ _RENAMED = (2, 9)
 
 
 def build_record(
-    task: Task, worst: Worst, sight: Sight, verdicts: tuple[Verdict, ...], *, name: str,
+    task: Task, strategy: Strategy, worst: Worst, sight: Sight, verdicts: tuple[Verdict, ...], *, name: str,
     state: Literal["running", "ended", "died"], problem: str,
 ) -> RunRecord:  # fmt: skip
     """Return the record of a run as it stands.
 
     Args:
         task: what is watched.
+        strategy: how it is run now.
         worst: numbers of the worst rank.
         sight: the same beside the plan's.
         verdicts: what was said.
@@ -45,7 +50,7 @@ def build_record(
     return RunRecord(
         brim_version=__version__, state=state, problem=problem, measured=measured, verdicts=verdicts,
         expected=_expect(task.plan, sight) if task.plan is not None else None,
-        observation=_observe(task, task.plan, measured, problem) if over and task.plan is not None else None,
+        observation=_observe(task.plan, strategy, measured, problem) if over and task.plan is not None else None,
     )  # fmt: skip
 
 
@@ -84,15 +89,16 @@ def _predict(plan: Plan) -> Prediction:
     )  # fmt: skip
 
 
-def _observe(task: Task, plan: Plan, measured: Measured, problem: str) -> Observation:
+def _observe(plan: Plan, strategy: Strategy, measured: Measured, problem: str) -> Observation:
     """Return what history keeps of a run; `workload` is the planned one, `longest_tokens` says how far it got.
 
-    Where evaluation took more than training, what allocator and card held is no measure of the strategy: None.
+    Where evaluation took more than training, what allocator and card held is no measure of the strategy: None. A run
+    that died of something else than memory had room for its steps: it fits.
     """
     mine = measured.aside_bytes is None
-    why = problem or _find_problem(measured)
+    why = OUT_OF_MEMORY if problem == OUT_OF_MEMORY else _find_problem(measured)
     return Observation(
-        kind="watch", workload=plan.workload, strategy=task.strategy, device=measured.device,
+        kind="watch", workload=_place(plan.workload, measured), strategy=strategy, device=measured.device,
         finished=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), driver=_read_driver(),
         capacity_bytes=measured.capacity_bytes or _host_bytes(), versions=tuple(_list_versions()),
         num_ranks=measured.num_ranks, num_steps=measured.num_steps, fits=not why, problem=why,
@@ -104,13 +110,22 @@ def _observe(task: Task, plan: Plan, measured: Measured, problem: str) -> Observ
     )  # fmt: skip
 
 
+def _place(workload: Workload, measured: Measured) -> Workload:
+    """Return the job on the device that it ran on: a CPU has neither context nor library workspaces."""
+    cluster = workload.cluster
+    if measured.device != CPU or cluster.device.is_cpu:
+        return workload
+    device = Device(name=CPU, capacity_bytes=measured.capacity_bytes or _host_bytes(), vendor=CPU)
+    return replace(workload, cluster=replace(cluster, device=device))
+
+
 def _find_problem(measured: Measured) -> str:
     held, capacity = measured.peak_reserved_bytes, measured.capacity_bytes
     if measured.num_ooms:
-        return f"memory ran out {measured.num_ooms} times"
+        return f"{OUT_OF_MEMORY}, {measured.num_ooms} allocations refused"
     if measured.num_retries:
-        return f"the allocator emptied its pool {measured.num_retries} times"
-    return "memory spilled to the host" if held and capacity and held > capacity else ""
+        return f"{measured.num_retries} allocator retries"
+    return "spill to host memory" if held and capacity and held > capacity else ""
 
 
 def _host_bytes() -> int:
@@ -126,7 +141,8 @@ def _list_versions() -> list[tuple[str, str]]:
     found = []
     for name in names:
         try:
-            found.append((name, metadata.version(name.replace("_", "-"))))
+            package = name.replace("_", "-")
+            found.append((package, metadata.version(package)))
         except metadata.PackageNotFoundError:
             continue
     return found

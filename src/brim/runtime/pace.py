@@ -94,6 +94,14 @@ class Pace:
         if len(self._sums) > _MOST_SUMS:
             self._sums = [_add(self._sums)]
 
+    def drop_step(self) -> None:
+        """Leave out the step that ends now: it was run twice, or its peak is left out too."""
+        self._tokens, self._pending, self._shape, self._mark = (0, 0), [], (0, 0), self._clock()
+
+    def forget_shapes(self) -> None:
+        """Forget the largest shapes so far, with the peaks that belonged to them."""
+        self._first_shape = self._most_shape = (0, 0)
+
     def read(self) -> Mark:
         """Return what has been done since the first step; waits for the device if tokens are counted there."""
         if self._sums:

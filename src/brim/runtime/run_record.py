@@ -8,8 +8,9 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from brim.errors import InvalidFile, quoted
+from brim.errors import InvalidFile
 from brim.files import write_text
+from brim.planner.document import describe_problem, parse_document
 from brim.runtime.sight import Verdict
 from brim.spec.model import STRICT
 from brim.spec.observation import Observation, Prediction
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 RUN_FILE = "brim-run.json"
+OUT_OF_MEMORY = "out of memory"
+"""`problem` of a run that died of it; any other is no fault of the way it was run."""
 SCHEMA_VERSION = 1
-_LARGEST_BYTES = 50_000_000
+_MEMORY_ERRORS = ("OutOfMemoryError", "CannotRecover")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +109,11 @@ class RunRecord:
     """The record that history keeps; None while the run goes on, and without a plan."""
 
 
+def name_problem(kind: type[BaseException]) -> str:
+    """Return the `problem` of a run that an exception ended; one that could not recover died of memory too."""
+    return OUT_OF_MEMORY if kind.__name__ in _MEMORY_ERRORS else kind.__name__
+
+
 def write_run(folder: str | os.PathLike[str], record: RunRecord) -> None:
     """Write the record of a run into a folder, whole or not at all; the folder is made if it is missing.
 
@@ -139,20 +147,35 @@ def read_run(text: str | bytes, *, path: str) -> RunRecord:
     """
     from pydantic import ValidationError
 
-    if len(text) > _LARGEST_BYTES:
-        raise InvalidFile(path=path, problem=f"is larger than {_LARGEST_BYTES:,} bytes; no run is")
-    try:
-        version = json.loads(text).get("schema_version")
-    except (ValueError, AttributeError, RecursionError):
-        raise InvalidFile(path=path, problem="is no watched run: not a JSON object") from None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
+    document = parse_document(text, path=path, kind="watched run")
+    version = document.get("schema_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise InvalidFile(path=path, problem="is no watched run: it has no schema_version")
+    if version > SCHEMA_VERSION:
         raise InvalidFile(path=path, problem=f"has schema version {version}, this brim reads up to {SCHEMA_VERSION}")
     try:
-        return _adapter().validate_json(text)
+        record = _adapter().validate_json(json.dumps(document))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])[:120] or "the run"
-        raise InvalidFile(path=path, problem=quoted(f"{where}: {first['msg']}")[1:-1]) from None
+        raise InvalidFile(path=path, problem=describe_problem(error, "the run")) from None
+    below = _find_negative(document)
+    if below:
+        raise InvalidFile(path=path, problem=f"{below} is below zero")
+    return record
+
+
+def schema_run() -> dict[str, Any]:
+    """Return the JSON schema of `brim-run.json`."""
+    document = _adapter().json_schema(mode="serialization")
+    document["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return document
+
+
+def _find_negative(value: Any, where: str = "the run") -> str:
+    """Return where a number below zero stands; empty if nowhere: sizes, counts and times all are none."""
+    if isinstance(value, (int, float)):
+        return where if value < 0 else ""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return next((found for key, inner in pairs if (found := _find_negative(inner, str(key)))), "")
 
 
 @cache

@@ -10,6 +10,8 @@ from brim.planner.record import Plan
 from brim.runtime.judge import judge_first_loss
 from brim.runtime.observe import Note, Task, Watcher, say
 from brim.runtime.ranks import is_distributed
+from brim.runtime.run_record import name_problem
+from brim.runtime.survival import read_survival
 from brim.spec.observation import Observation
 from brim.spec.strategy import Strategy
 
@@ -19,42 +21,16 @@ Item = TypeVar("Item")
 def watch(
     plan: Plan | None = None, *, device: Any = None, folder: str | None = None, note: Note | None = None,
     group: Any = None, longest_tokens: int | None = None, num_steps: int | None = None,
-    tell: Callable[[str], None] = say,
+    recovery: Any = None, tell: Callable[[str], None] | None = None,
 ) -> WatchedLoop:  # fmt: skip
-    """Return a context that watches a plain loop: memory and speed beside the plan, one line for what is wrong.
-
-        with brim.watch(plan) as w:
-            for batch in w.steps(loader):
-                for micro in brim.accumulate(batch, plan.strategy.micro_batch_size, model=model):
-                    micro.backward(model(**micro.inputs).loss)
-                optimizer.step()
-                optimizer.zero_grad()
-        w.observation
-
-    `steps` hands on what a loader yields, and takes each for one optimizer step; where the loader yields micro-batches,
-    `w.steps(loader, per_step=8)` counts eight to a step. Where neither is so, `w.step()` once after each optimizer step
-    does: `inputs` (one batch or a list of them) lets tokens be counted, `loss` lets the first one be looked at. What
-    else the loop does between steps, such as evaluation, goes into `with w.aside():`. What is run is taken to be split
-    as the plan says.
-
-    Ranks tell each other their numbers in a few steps, right after an optimizer step: all must make as many.
-
-    Args:
-        plan: the plan that the loop follows; None compares with nothing.
-        device: where the model lives; the current GPU, or the capped CPU, if None.
-        folder: where `brim-run.json` goes; None writes none.
-        note: given the observation at the end.
-        group: process group of the data-parallel ranks; the default one if None.
-        longest_tokens: longest sequence of the data; the planned length if None.
-        num_steps: optimizer steps of the loop, so that the last one is looked at too.
-        tell: given each line; prints to stderr.
-    """
+    """Return a context that watches a plain loop, as `brim.watch` says; `note` is all that takes the run at its end."""
     strategy = plan.strategy if plan is not None else Strategy(micro_batch_size=1, gradient_accumulation_steps=1)
     task = Task(
         plan=plan, strategy=strategy, coming_tokens=longest_tokens, last_step=num_steps, folder=folder,
         is_first=_is_first(), device=_find_collective_device(device), group=group,
+        survival=lambda: read_survival(recovery),
     )  # fmt: skip
-    return WatchedLoop(task, device, note, tell)
+    return WatchedLoop(task, device, note, tell or say)
 
 
 class WatchedLoop:
@@ -78,7 +54,7 @@ class WatchedLoop:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         """End; what went wrong in the loop goes on."""
-        problem = "" if kind is None else "memory ran out" if kind.__name__ == "OutOfMemoryError" else kind.__name__
+        problem = "" if kind is None else name_problem(kind)
         if self._watcher is not None:
             self.observation = self._watcher.finish(problem)
 
@@ -116,6 +92,10 @@ class WatchedLoop:
             return
         steps = plan.strategy.gradient_accumulation_steps
         self._watcher.find(judge_first_loss(1, float(loss), plan.workload.model.vocab_size, steps))
+
+    def read_log(self) -> dict[str, float]:
+        """Return `memory/...` and `speed/...` for a logger; speeds are those since the last call."""
+        return self._watcher.read_log() if self._watcher is not None else {}
 
     def aside(self) -> _Aside:
         """Return a context for what is no training step: its time and its peak are kept apart."""
