@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -160,6 +161,32 @@ def test_accumulation_and_evaluation_are_no_steps(tmp_path: Path, capped: Capped
     assert len(evaluated) == 8 and not any(key.startswith("memory/") for row in evaluated for key in row)
     assert [one.code for one in record.verdicts][:1] == ["split"]
     assert sum("loss" in row for row in trainer.state.log_history) == 4
+
+
+def test_a_window_that_was_run_again_in_pieces(tmp_path: Path, capped: CappedMemory, measured: int) -> None:
+    """A stand-in for recovery: from the third step on each micro-batch is run in pieces of one sequence."""
+
+    class InPieces(InOrder):
+        recovery = SimpleNamespace(size=None, events=[])
+
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == 2 and not self.recovery.events:
+                self.recovery.size = 1
+                self.recovery.events.append("step 2: out of memory in backward; micro-batch 2 -> 1")
+                kept = torch.zeros(3 * measured // 4)
+                capped.num_ooms += 1
+                del kept
+            size = self.recovery.size or 2
+            pieces = [{key: value[at : at + size] for key, value in inputs.items()} for at in range(0, 2, size)]
+            return sum(super(InPieces, self).training_step(model, piece, *args, **kwargs) for piece in pieces)
+
+    run(tmp_path, say_of(plan_job(), measured), make_rows(*[LENGTH] * 48), kind=InPieces, exact=False)
+    record = read(tmp_path)
+    assert [one.code for one in record.verdicts] == ["survived"] and record.verdicts[0].step == 3
+    assert record.measured.num_ooms == 0 and record.observation is not None and record.observation.fits
+    assert record.observation.strategy.micro_batch_size == 1
+    assert record.measured.peak_allocated_bytes is not None and record.expected is not None
+    assert record.measured.peak_allocated_bytes == pytest.approx(record.expected.as_run_allocated_bytes, rel=0.1)
 
 
 def test_training_is_the_same(tmp_path: Path) -> None:

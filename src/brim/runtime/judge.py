@@ -23,6 +23,8 @@ MOST_LOSS_FACTOR = 1.5
 """A model that knows nothing has a loss of ln(vocabulary); random weights give up to a fifth more."""
 OUT_OF_ROOM = ("out_of_memory", "spill", "retries")
 """Verdicts that counters alone give, whatever was run."""
+OF_A_SPLIT = (*OUT_OF_ROOM, "over_budget", "peak_ahead", "estimate_low", "estimate_high", "fragmentation")
+"""Verdicts that are news again once the split is another one."""
 
 
 def judge(sight: Sight) -> tuple[Verdict, ...]:

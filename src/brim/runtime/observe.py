@@ -14,7 +14,7 @@ from brim.errors import InvalidFile
 from brim.planner.record import Plan
 from brim.runtime.forecast import Forecast
 from brim.runtime.gauge import Gauge
-from brim.runtime.judge import OUT_OF_ROOM, judge
+from brim.runtime.judge import OF_A_SPLIT, OUT_OF_ROOM, judge
 from brim.runtime.observed import build_record, find_allocator_variable, is_expandable
 from brim.runtime.pace import Mark, Pace
 from brim.runtime.ranks import gather_numbers
@@ -90,6 +90,7 @@ class Watcher:
         self.name = meter.name if meter is not None else "cpu"
         self.gauge, self.pace = Gauge(meter), Pace(clock)
         self.strategy, self._survival = task.strategy, Survival()
+        self._said: set[str] = set()
         self._forecast = Forecast(task.plan, task.strategy) if task.plan is not None else None
         self._tell, self._note = tell, note
         self._is_broken = self._is_unwritable = self._has_told = False
@@ -140,7 +141,8 @@ class Watcher:
 
     def find(self, verdict: Verdict | None) -> None:
         """Say a verdict, unless one of its code was said; only the first rank does."""
-        if verdict is not None and all(verdict.code != one.code for one in self.verdicts):
+        if verdict is not None and verdict.code not in self._said:
+            self._said.add(verdict.code)
             self._say(verdict)
 
     def _say(self, verdict: Verdict) -> None:
@@ -180,6 +182,7 @@ class Watcher:
         self.pace.forget_shapes()
         self.gauge.begin_again()
         self._worst, self._settled = Worst(Numbers(), 0, 1), None
+        self._said -= set(OF_A_SPLIT)
         self._stretch, self._token_seconds = self.pace.read(), []
         if now.num_events > before.num_events:
             self._say(describe_survival(self.step, now, self.strategy))

@@ -19,7 +19,7 @@ class Verdict:
     __pydantic_config__ = STRICT
 
     code: str
-    """Stable short name, for example `fragmentation`; a run says each once."""
+    """Stable short name, for example `fragmentation`; a run says each once, those of memory once for each split."""
     severity: Severity
     """`danger`: the run will stop, or trains something else. `warning`: it may, or wastes time. `note`: to be known."""
     text: str
