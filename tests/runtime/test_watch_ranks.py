@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+pytest.importorskip("torch")
+
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from runtime_toys import build_llama, cut, make_rows
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from watch_toys import plan_job, say_of
+from two_ranks import run_both, run_checks
+from watch_toys import make_batch, plan_job, say_of
 
 import brim
 from brim.devices.capped import CappedMemory
 from brim.runtime.run_record import RUN_FILE, read_run
 from brim.units import MIB
 
+FOLDER = "BRIM_TEST_FOLDER"
 
-def check_plain(rank: int, folder: str) -> None:
-    """The second rank has longer rows, a smaller card, and holds 40 MiB that nobody planned."""
-    model = DistributedDataParallel(build_llama())
-    optimizer = torch.optim.AdamW(model.parameters())
+
+def check_plain(rank: int) -> None:
+    """The second rank has a smaller card, and holds 40 MiB that nobody planned."""
+    folder = os.environ[FOLDER]
+    model = DistributedDataParallel(nn.Embedding(64, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     lines: list[str] = []
     notes: list[Any] = []
-    batches = cut(make_rows([12, 12] * 6), 2)
+    batches = [make_batch(2, 12)] * 6
     with CappedMemory((80 if rank else 100) * MIB):
         extra = torch.zeros(10 * MIB) if rank else None
         plan = say_of(plan_job(), 4 * MIB)
         with brim.watch(plan, folder=folder, note=notes.append, tell=lines.append, num_steps=6) as w:
             for batch in w.steps(batches):
-                model(**batch).loss.backward()
+                model(batch["input_ids"]).square().mean().backward()
                 optimizer.step()
                 optimizer.zero_grad()
         del extra
@@ -46,8 +51,9 @@ def check_plain(rank: int, folder: str) -> None:
     assert "estimate_low" in {verdict.code for verdict in w.verdicts}
 
 
-def check_trainer(rank: int, folder: str) -> None:
+def check_trainer(rank: int) -> None:
     """The guard's own callback; evaluation and a log in between disturb no collective."""
+    folder = os.environ[FOLDER]
     from test_callback import make_rows as make_lists
     from test_callback import make_trainer
 
@@ -66,21 +72,20 @@ def check_trainer(rank: int, folder: str) -> None:
         assert {"split", "estimate_low"} <= {one.code for one in record.verdicts}
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)
-    )
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        check_plain(rank, os.path.join(folder, "plain"))
-        check_trainer(rank, os.path.join(folder, "trainer"))
-    finally:
-        dist.destroy_process_group()
+def run_plain(rank: int, port: int) -> None:
+    run_checks(rank, port, [check_plain])
 
 
-def test_two_ranks_say_the_worst(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, (port, str(tmp_path)), nprocs=2)
+def run_trainer(rank: int, port: int) -> None:
+    run_checks(rank, port, [check_trainer])
+
+
+def test_two_ranks_say_the_worst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    run_both(run_plain, most_seconds=100)
+
+
+@pytest.mark.slow
+def test_two_ranks_of_a_trainer_say_the_worst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    run_both(run_trainer, most_seconds=150)
