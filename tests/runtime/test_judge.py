@@ -97,6 +97,34 @@ def test_an_estimate_that_is_low_makes_what_comes_larger() -> None:
     assert codes == ["peak_ahead", "estimate_low"]
 
 
+# 12 GiB measured; estimated then and later, scores then and later, and what comes in GiB, None if not by scores
+SCORES = [
+    (11.0, 15.0, 0.5, 4.0, 15 + 2 * 4), (11.0, 16.0, 1.0, 5.0, 16 + 1 * 5),
+    (11.0, 15.0, 0.1, 4.0, None),  # ten times what scores are: something else
+    (11.0, 15.0, 10.0, 4.0, None),  # a tenth of them
+    (11.9, 15.0, 0.1, 4.0, None),  # within the formula's own error
+    (13.0, 15.0, 0.5, 4.0, None), (11.0, 15.0, 0.0, 0.0, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "later", "short", "long", "found"), SCORES)
+def test_attention_that_keeps_its_scores(
+    before: float, later: float, short: float, long: float, found: float | None
+) -> None:
+    sight = replace(
+        FINE, seen_estimate_bytes=round(before * GIB), coming_estimate_bytes=round(later * GIB),
+        seen_scores_bytes=round(short * GIB), coming_scores_bytes=round(long * GIB),
+    )  # fmt: skip
+    bare = replace(sight, seen_scores_bytes=0).coming_peak_bytes
+    assert (sight.scores_share is not None) == (found is not None)
+    assert sight.coming_peak_bytes == (pytest.approx(found * GIB, rel=1e-9) if found is not None else bare)
+    if found is not None:
+        text = next(verdict.text for verdict in judge(sight) if verdict.code == "peak_ahead")
+        assert "as if attention kept its scores" in text
+        low = judge(replace(sight, peak_allocated_bytes=13 * GIB, seen_scores_bytes=GIB, budget_bytes=None))
+        assert any("eager" in verdict.text for verdict in low if verdict.code == "estimate_low")
+
+
 def test_an_estimate_that_is_high_is_high_by_as_much() -> None:
     assert replace(FINE, seen_estimate_bytes=14 * GIB).coming_peak_bytes == 16 * GIB
 

@@ -398,3 +398,22 @@ def test_a_record_that_is_broken_is_refused(change: Any, words: str, tmp_path: P
         read_run(json.dumps(change(record)), path="brim-run.json")
     with pytest.raises(InvalidFile):
         read_run("{", path="brim-run.json")
+
+
+def test_attention_that_keeps_its_scores_is_told_by_what_is_missing() -> None:
+    eager = replace(plan_job().strategy, attention_kernel="eager")
+    forecast = Forecast(plan_job(), plan_job().strategy, "toy")
+    short, long = forecast.peak(LENGTH, eager), forecast.peak(8 * LENGTH, eager)
+    assert short is not None and long is not None and forecast.scores(LENGTH) == short - forecast.peak(LENGTH)
+    assert forecast.scores(LENGTH, eager) == 0
+    toy = Toy(replace(plan_job(), budget_bytes=round(0.98 * long)), coming_tokens=8 * LENGTH)
+    missing = round(1.5 * (short - forecast.peak(LENGTH)))  # a kernel keeps more than the scores alone
+    toy.steps(3, peak=forecast.peak(LENGTH) + max(missing, round(0.031 * short)))
+    (verdict,) = toy.watcher.verdicts
+    assert verdict.code == "peak_ahead" and verdict.facts["coming_peak_bytes"] > long
+
+
+def test_a_cpu_has_no_workspaces() -> None:
+    card, cpu = (Forecast(plan_job(), plan_job().strategy, name) for name in ("toy", "cpu"))
+    for length in (LENGTH, 4 * LENGTH):
+        assert card.peak(length) - cpu.peak(length) == 2 * (2 * 4096 + 8 * 16) * 1024

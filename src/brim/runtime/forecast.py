@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from brim.cost.estimate import peak_bytes
+from brim.cost.overhead import workspace_bytes
 from brim.errors import BrimError
 from brim.planner.record import Plan
 from brim.runtime.sight import Fitting, correct_peak
+from brim.spec.device import CPU, Device
 from brim.spec.strategy import Strategy
+from brim.spec.workload import Workload
 
 _ROUND_TOKENS = 64
 
@@ -17,9 +20,13 @@ _ROUND_TOKENS = 64
 class Forecast:
     """Peaks of a plan's job by the formula, for any length; what it was asked once it remembers."""
 
-    def __init__(self, plan: Plan, strategy: Strategy) -> None:
-        """Ask about the job of a plan, run as `strategy` says."""
+    def __init__(self, plan: Plan, strategy: Strategy, device: str = "") -> None:
+        """Ask about the job of a plan, run as `strategy` says on a device that its driver calls so."""
         self._plan, self.strategy = plan, strategy
+        self._workload = place(plan.workload, device)
+        moved = self._workload is not plan.workload and plan.estimate.source != "trial"
+        lacks = workspace_bytes(plan.workload.cluster.device) if moved else 0
+        self._said_bytes = max(1, plan.estimate.peak_allocated_bytes - lacks)
         self._known: dict[tuple[int, Strategy], int | None] = {}
 
     def peak(self, num_tokens: int, strategy: Strategy | None = None) -> int | None:
@@ -29,13 +36,25 @@ class Forecast:
             self._known[key] = self._ask(*key)
         return self._known[key]
 
+    def scores(self, num_tokens: int, strategy: Strategy | None = None) -> int:
+        """Return how much more it would be if attention kept its scores, bytes; 0 where it cannot or does already.
+
+        `sdpa` falls back to it without a word where no fused kernel takes the job: dropout on a CPU, an odd mask, a
+        bias that learns.
+        """
+        strategy = strategy or self.strategy
+        if strategy.attention_kernel != "sdpa":
+            return 0
+        fused = self.peak(num_tokens, strategy)
+        kept = self.peak(num_tokens, replace(strategy, attention_kernel="eager"))
+        return max(0, kept - fused) if kept is not None and fused is not None else 0
+
     def _ask(self, num_tokens: int, strategy: Strategy) -> int | None:
-        plan = self._plan
-        if num_tokens == plan.workload.data.seq_len and strategy == plan.strategy:
-            return plan.estimate.peak_allocated_bytes  # by whoever the plan asked
-        data = replace(plan.workload.data, seq_len=num_tokens)
+        if num_tokens == self._workload.data.seq_len and strategy == self._plan.strategy:
+            return self._said_bytes  # by whoever the plan asked
+        data = replace(self._workload.data, seq_len=num_tokens)
         try:
-            found = peak_bytes(replace(plan.workload, data=data), strategy)
+            found = peak_bytes(replace(self._workload, data=data), strategy)
             return self._follow_plan(found)
         except (BrimError, ArithmeticError, LookupError, ValueError):  # no model of the formula's
             return None
@@ -43,16 +62,15 @@ class Forecast:
     def _follow_plan(self, found: int) -> int:
         """Return the bare formula's peak as the plan's own answerer would say it, which may be the formula corrected by
         measured runs: by what both say of the plan as it stands."""
-        plan = self._plan
-        return correct_peak(found, peak_bytes(plan.workload, plan.strategy), plan.estimate.peak_allocated_bytes)
+        return correct_peak(found, peak_bytes(self._workload, self._plan.strategy), self._said_bytes)
 
     def find_fitting(
-        self, correct: Callable[[int], int], budget_bytes: int, seen_tokens: int, coming_tokens: int
+        self, correct: Callable[[int, int], int], budget_bytes: int, seen_tokens: int, coming_tokens: int
     ) -> Fitting:  # fmt: skip
         """Return what would keep the longest sequence still to come within the budget, each way by itself.
 
         Args:
-            correct: returns a predicted peak in the light of what was measured.
+            correct: returns a predicted peak in the light of what was measured, given what scores would add.
             budget_bytes: bytes that tensors may take.
             seen_tokens: longest sequence so far, which the cut need not be shorter than.
             coming_tokens: longest sequence still to come.
@@ -60,7 +78,7 @@ class Forecast:
 
         def fits(num_tokens: int, strategy: Strategy | None = None) -> bool:
             peak = self.peak(num_tokens, strategy)
-            return peak is not None and correct(peak) <= budget_bytes
+            return peak is not None and correct(peak, self.scores(num_tokens, strategy)) <= budget_bytes
 
         split = next((one for one in self._list_splits() if fits(coming_tokens, one)), None)
         kind = next((one for one in self._list_checkpointings() if fits(coming_tokens, one)), None)
@@ -82,6 +100,15 @@ class Forecast:
         kinds = ("none", "selective", "full")
         for kind in kinds[kinds.index(self.strategy.activation_checkpointing) + 1 :]:
             yield replace(self.strategy, activation_checkpointing=kind)
+
+
+def place(workload: Workload, device: str, capacity_bytes: int | None = None) -> Workload:
+    """Return the job on the device that it runs on: a CPU has neither context nor library workspaces."""
+    planned = workload.cluster.device
+    if device != CPU or planned.is_cpu:
+        return workload
+    host = Device(name=CPU, capacity_bytes=capacity_bytes or planned.capacity_bytes, vendor=CPU)
+    return replace(workload, cluster=replace(workload.cluster, device=host))
 
 
 def _find_longest(fits: Callable[[int], bool], low: int, high: int) -> int | None:

@@ -15,12 +15,15 @@ GROWTH_FRACTION, SLACK_FRACTION = 0.03, 0.10
 A pool is 4-5 % larger than its tensors at the median and 9 % at the 90th percentile (`planner.budget`)."""
 LEAST_GROWTH_BYTES = 64 * MIB
 SLOW_FACTOR, SLOWING_FACTOR = 1.5, 1.3
-"""Time over the estimate's, and over the run's own first steps, that is worth a word; the law of time misses by 9 % in
-nine of ten runs, and lengths move the time of a token by less than a fifth."""
+"""Time over the estimate's, and over the run's own first steps, that is worth a word. Both are choices, not measured on
+runs that went wrong: far enough above what lengths and a card's clock do to the time of a token in a run that is well,
+near enough that a run of days is told before it has lost many hours. The estimate's time is itself unmeasured on most
+cards, so it is given more room."""
 MOST_PADDING_FRACTION, LEAST_STEPS_OF_PADDING = 0.30, 5
 """Share of padding that is worth a word, and steps before which one odd batch may decide it."""
 MOST_LOSS_FACTOR = 1.5
-"""A model that knows nothing has a loss of ln(vocabulary); random weights give up to a fifth more."""
+"""First loss over ln(vocabulary), what a model that knows nothing has, that is worth a word. A choice: a sum over two
+micro-batches is 2 at random weights, a mean 1; a pretrained model starts far below, where this does not see its sum."""
 OUT_OF_ROOM = ("out_of_memory", "spill", "retries")
 """Verdicts that counters alone give, whatever was run."""
 OF_A_SPLIT = (*OUT_OF_ROOM, "over_budget", "peak_ahead", "estimate_low", "estimate_high", "fragmentation")
@@ -48,7 +51,7 @@ def judge_budget(sight: Sight) -> Verdict | None:
     text = (
         f"the longest sequence still to come, {sight.coming_tokens:,} tokens, will take {format_size(coming)}, above "
         f"the budget of {format_size(budget)}{' and the card' if over else ''}: {format_size(peak)} were measured at "
-        f"{sight.seen_tokens:,} tokens{_on_rank(sight)}, {sight.ratio:.2f} times the estimate"
+        f"{sight.seen_tokens:,} tokens{_on_rank(sight)}, {sight.ratio:.2f} times the estimate{_name_scores(sight)}"
     )
     facts = {
         "coming_peak_bytes": coming, "budget_bytes": budget, "coming_tokens": sight.coming_tokens,
@@ -83,8 +86,7 @@ def judge_estimate(sight: Sight) -> Verdict | None:
         f"{format_size(said)}: {ratio:.2f} times as much"
     )
     advice = (
-        "what holds more than the plan knows is a second model, a callback, or a setting the trainer does not share "
-        "with the plan" if low else "there is room for a larger micro-batch: plan again by trace"
+        _explain_low(sight) if low else "there is room for a larger micro-batch: plan again by trace"
     )  # fmt: skip
     return _verdict(sight, "estimate_low" if low else "estimate_high", "warning" if low else "note", text, advice,
                     peak_allocated_bytes=peak, estimate_bytes=said, ratio=ratio,
@@ -257,6 +259,22 @@ def _verdict(sight: Sight, code: str, severity: Severity, text: str, advice: str
     kept = {name: value for name, value in facts.items() if value is not None}
     return Verdict(
         code=code, severity=severity, text=f"{text}; {advice}" if advice else text, step=sight.step, facts=kept
+    )
+
+
+def _name_scores(sight: Sight) -> str:
+    return ", as if attention kept its scores (is it eager?)" if sight.scores_share is not None else ""
+
+
+def _explain_low(sight: Sight) -> str:
+    if sight.scores_share is not None:
+        return (
+            "that fits attention that keeps its scores: eager, or sdpa that finds no fused kernel (dropout on a CPU, a "
+            "bias that learns); it grows with the square of the length"
+        )
+    return (
+        "what holds more than the plan knows is a second model, a callback, or a setting the trainer does not share "
+        "with the plan"
     )
 
 

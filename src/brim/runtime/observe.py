@@ -91,7 +91,7 @@ class Watcher:
         self.gauge, self.pace = Gauge(meter), Pace(clock)
         self.strategy, self._survival = task.strategy, Survival()
         self._said: set[str] = set()
-        self._forecast = Forecast(task.plan, task.strategy) if task.plan is not None else None
+        self._forecast = Forecast(task.plan, task.strategy, self.name) if task.plan is not None else None
         self._tell, self._note = tell, note
         self._is_broken = self._is_unwritable = self._has_told = False
         self._worst = Worst(Numbers(), 0, 1)
@@ -263,7 +263,8 @@ class Watcher:
             rank=self._worst.rank, first_step=step, first_allocated_bytes=_whole(first.allocated_bytes),
             first_reserved_bytes=_whole(first.reserved_bytes), num_retries=int(now.num_retries),
             num_ooms=int(now.num_ooms), seen_tokens=seen, coming_tokens=coming, seen_estimate_bytes=self._ask(seen),
-            coming_estimate_bytes=self._ask(coming), step_seconds=seconds if seconds > 0 else None,
+            coming_estimate_bytes=self._ask(coming), seen_scores_bytes=self._ask_scores(seen),
+            coming_scores_bytes=self._ask_scores(coming), step_seconds=seconds if seconds > 0 else None,
             estimate_seconds=self._find_seconds(run), first_token_seconds=_known(now.first_token_seconds),
             token_seconds=_known(now.token_seconds),
             tokens_per_second=real / seconds if min(real, seconds) > 0 else None,
@@ -274,6 +275,9 @@ class Watcher:
 
     def _ask(self, num_tokens: int | None) -> int | None:
         return self._forecast.peak(num_tokens) if self._forecast is not None and num_tokens else None
+
+    def _ask_scores(self, num_tokens: int | None) -> int:
+        return self._forecast.scores(num_tokens) if self._forecast is not None and num_tokens else 0
 
     def _find_seconds(self, run_tokens: float) -> float | None:
         """Return the predicted time of a step of so many tokens on this rank: in proportion to those planned."""

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import TYPE_CHECKING, Literal
 
 from brim.planner.record import Plan
+from brim.runtime.forecast import place
 from brim.runtime.run_record import OUT_OF_MEMORY, Expected, Measured, RunRecord
 from brim.runtime.sight import Sight, Verdict
 from brim.runtime.worst import Worst
-from brim.spec.device import CPU, Device
 from brim.spec.observation import Observation, Prediction
 from brim.spec.strategy import Strategy
-from brim.spec.workload import Workload
 
 if TYPE_CHECKING:
     from brim.runtime.observe import Task
@@ -98,7 +96,8 @@ def _observe(plan: Plan, strategy: Strategy, measured: Measured, problem: str) -
     mine = measured.aside_bytes is None
     why = OUT_OF_MEMORY if problem == OUT_OF_MEMORY else _find_problem(measured)
     return Observation(
-        kind="watch", workload=_place(plan.workload, measured), strategy=strategy, device=measured.device,
+        kind="watch", workload=place(plan.workload, measured.device, measured.capacity_bytes or _host_bytes()),
+        strategy=strategy, device=measured.device,
         finished=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), driver=_read_driver(),
         capacity_bytes=measured.capacity_bytes or _host_bytes(), versions=tuple(_list_versions()),
         num_ranks=measured.num_ranks, num_steps=measured.num_steps, fits=not why, problem=why,
@@ -108,15 +107,6 @@ def _observe(plan: Plan, strategy: Strategy, measured: Measured, problem: str) -
         step_seconds=measured.step_seconds,
         tokens_per_second=measured.tokens_per_second, longest_tokens=measured.longest_tokens, predicted=_predict(plan),
     )  # fmt: skip
-
-
-def _place(workload: Workload, measured: Measured) -> Workload:
-    """Return the job on the device that it ran on: a CPU has neither context nor library workspaces."""
-    cluster = workload.cluster
-    if measured.device != CPU or cluster.device.is_cpu:
-        return workload
-    device = Device(name=CPU, capacity_bytes=measured.capacity_bytes or _host_bytes(), vendor=CPU)
-    return replace(workload, cluster=replace(cluster, device=device))
 
 
 def _find_problem(measured: Measured) -> str:

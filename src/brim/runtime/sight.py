@@ -12,6 +12,14 @@ Severity = Literal["note", "warning", "danger"]
 Fact = int | float | str
 
 
+LEAST_MISSING_RATIO = 1.03
+"""Measured over predicted peak from which on something is taken to be missing: the formula's own shortfall is 0.8 % at
+the 90th percentile of published runs (`tables/accuracy.toml`)."""
+LEAST_SCORES_SHARE, MOST_SCORES_SHARE = 0.3, 3.0
+"""Share of attention's scores that a kernel may keep beyond what is planned. Measured: 1.0 to 2.9
+(benchmarks/results/watch_forecast.md)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """Something seen in a run that its user should know; never a reason to stop it."""
@@ -84,6 +92,10 @@ class Sight:
     """Formula's peak at the longest sequence so far."""
     coming_estimate_bytes: int | None = None
     """Formula's peak at the longest still to come."""
+    seen_scores_bytes: int = 0
+    """How much more the former would be if attention kept its scores."""
+    coming_scores_bytes: int = 0
+    """How much more the latter would be."""
     fitting: Fitting = Fitting()
     """What would stay within the budget."""
     step_seconds: float | None = None
@@ -110,22 +122,44 @@ class Sight:
             return None
         return self.peak_allocated_bytes / self.seen_estimate_bytes
 
-    def correct(self, estimate_bytes: int) -> int:
-        """Return a predicted peak in the light of what was measured: the larger of the two ways to be wrong.
+    @property
+    def scores_share(self) -> float | None:
+        """What is missing in the estimate, as a share of attention's scores; None where they do not explain it.
 
-        Where the formula is low, as if by a factor: activations are larger than it knows, and grow. Where it is high,
-        as if by a constant, such as workspaces that this device has not: what grows, grows as it says.
+        Scores grow with the square of the length and are small where it is short, so that a few percent that are
+        missing there are most of the peak later. Less than `LEAST_MISSING_RATIO` may be the formula's own error; more
+        than `MOST_SCORES_SHARE` of them no kernel keeps: it is something else, as is less than the least share.
+        """
+        if self.ratio is None or self.ratio < LEAST_MISSING_RATIO or not self.seen_scores_bytes:
+            return None
+        missing = (self.peak_allocated_bytes or 0) - (self.seen_estimate_bytes or 0)
+        share = missing / self.seen_scores_bytes
+        return share if LEAST_SCORES_SHARE <= share <= MOST_SCORES_SHARE else None
+
+    def correct(self, estimate_bytes: int, scores_bytes: int = 0) -> int:
+        """Return a predicted peak in the light of what was measured: the larger of the ways to be wrong that fit it.
+
+        Where the formula is low, as if by a factor: activations are larger than it knows, and grow; or as if attention
+        kept its scores, where they explain it. Where it is high, as if by a constant, such as workspaces that this
+        device has not: what grows, grows as it says.
+
+        Args:
+            estimate_bytes: the formula's peak.
+            scores_bytes: how much more that would be if attention kept its scores.
         """
         if self.ratio is None or self.peak_allocated_bytes is None or self.seen_estimate_bytes is None:
             return estimate_bytes
-        return correct_peak(estimate_bytes, self.seen_estimate_bytes, self.peak_allocated_bytes)
+        found = correct_peak(estimate_bytes, self.seen_estimate_bytes, self.peak_allocated_bytes)
+        if self.scores_share is None:
+            return found
+        return max(found, estimate_bytes + round(self.scores_share * scores_bytes))
 
     @property
     def coming_peak_bytes(self) -> int | None:
         """Peak at the longest sequence still to come: the formula's, corrected by what was measured."""
         if self.ratio is None or self.coming_estimate_bytes is None or self.peak_allocated_bytes is None:
             return None
-        return max(self.peak_allocated_bytes, self.correct(self.coming_estimate_bytes))
+        return max(self.peak_allocated_bytes, self.correct(self.coming_estimate_bytes, self.coming_scores_bytes))
 
 
 def correct_peak(estimate_bytes: int, known_estimate_bytes: int, known_bytes: int) -> int:
