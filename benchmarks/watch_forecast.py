@@ -205,14 +205,14 @@ def main() -> None:
         f"{platform.machine()}, capped CPU.", "",
         f"Peaks of tensors, MiB. A run is micro-batch x short length, {SHORT_STEPS} steps, then sequences of {LONG:,} "
         "tokens. `over estimate`: measured over predicted at the short length. `scores kept`: what is missing there, "
-        "as a share of attention's scores, where they explain it. The last three say how far off at the long length the "
-        "formula alone is, the formula corrected by the ratio or the difference at the short one, and what the watcher "
-        "says, which takes scores into account.", "", *HEAD, *rows, "",
+        "as a share of attention's scores, where they explain it. The last three say how far off at the long length "
+        "the formula alone is, the formula corrected by the ratio or the difference at the short one, and what the "
+        "watcher says, which takes scores into account.", "", *HEAD, *rows, "",
         describe("formula alone", errors["formula"]), describe("by ratio or difference alone", errors["ratio"]),
         describe("foretold", errors["watch"]), "",
         "None may be low: that is what runs out of memory. The formula counts a card's kernels, and at long lengths "
-        "the CPU's take less; why was not looked into. Scores that are missing at a very short length are a few percent of "
-        "the peak, and what is made of them is only as sharp as that.", "",
+        "the CPU's take less; why was not looked into. Scores that are missing at a very short length are a few "
+        "percent of the peak, and what is made of them is only as sharp as that.", "",
         "## Runs that are wrong on purpose", "", *HEAD, *wrong, "",
     ]  # fmt: skip
     if out is not None:
