@@ -101,6 +101,21 @@ def test_lengths_count_with_the_peaks_they_belong_to() -> None:
     assert toy.watcher.finish("out of memory").longest_tokens == LENGTH
 
 
+def test_longer_sequences_than_planned_are_another_job() -> None:
+    toy = Toy()
+    toy.steps(4, batch=make_batch(2, 3 * LENGTH))
+    found = toy.watcher.finish()
+    assert found.workload.data.seq_len == found.longest_tokens == 3 * LENGTH and found.predicted is None
+    assert replace(found.workload, data=PLAN.workload.data) == PLAN.workload
+
+
+def test_the_card_held_at_least_what_the_allocator_did() -> None:
+    toy = Toy()
+    toy.steps(5, reserved=500 * MIB)
+    toy.meter.reserved = 10 * MIB
+    assert toy.watcher.finish().device_bytes == 500 * MIB
+
+
 def test_a_run_of_one_step_is_all_there_is() -> None:
     toy = Toy(last_step=1)
     toy.step(peak=150 * MIB, seconds=3.0)

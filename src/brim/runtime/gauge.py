@@ -70,5 +70,6 @@ class Gauge:
         self.last = reading = self._meter.read()
         self.allocated_bytes = max(self.allocated_bytes, reading.peak_allocated_bytes)
         self.reserved_bytes = max(self.reserved_bytes, reading.peak_reserved_bytes)
-        self.device_bytes = max(self.device_bytes, reading.device_bytes)
+        # between looks the card held at least what the allocator did at its peak
+        self.device_bytes = max(self.device_bytes, reading.device_bytes, reading.peak_reserved_bytes)
         return reading

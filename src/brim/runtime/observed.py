@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import TYPE_CHECKING, Literal
@@ -90,22 +91,27 @@ def _predict(plan: Plan) -> Prediction:
 def _observe(plan: Plan, strategy: Strategy, measured: Measured, problem: str) -> Observation:
     """Return what history keeps of a run; `workload` is the planned one, `longest_tokens` says how far it got.
 
+    Sequences longer than planned are another job, of which nobody had said anything: it is kept with their length.
     Where evaluation took more than training, what allocator and card held is no measure of the strategy: None. A run
     that died of something else than memory had room for its steps: it fits.
     """
     mine = measured.aside_bytes is None
+    job = place(plan.workload, measured.device, measured.capacity_bytes or _host_bytes())
+    longest, planned = measured.longest_tokens, plan.workload.data.seq_len
+    is_longer = longest is not None and longest > planned
+    if is_longer:
+        job = replace(job, data=replace(job.data, seq_len=longest))
     why = OUT_OF_MEMORY if problem == OUT_OF_MEMORY else _find_problem(measured)
     return Observation(
-        kind="watch", workload=place(plan.workload, measured.device, measured.capacity_bytes or _host_bytes()),
-        strategy=strategy, device=measured.device,
+        kind="watch", workload=job, strategy=strategy, device=measured.device,
         finished=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), driver=_read_driver(),
         capacity_bytes=measured.capacity_bytes or _host_bytes(), versions=tuple(_list_versions()),
         num_ranks=measured.num_ranks, num_steps=measured.num_steps, fits=not why, problem=why,
         peak_allocated_bytes=measured.peak_allocated_bytes,
         peak_reserved_bytes=measured.peak_reserved_bytes if mine else None,
         device_bytes=measured.device_bytes if mine else None, num_retries=measured.num_retries,
-        step_seconds=measured.step_seconds,
-        tokens_per_second=measured.tokens_per_second, longest_tokens=measured.longest_tokens, predicted=_predict(plan),
+        step_seconds=measured.step_seconds, tokens_per_second=measured.tokens_per_second, longest_tokens=longest,
+        predicted=None if is_longer else _predict(plan),
     )  # fmt: skip
 
 
