@@ -91,9 +91,10 @@ def read(folder: Path) -> RunRecord:
 
 
 def run(
-    folder: Path, plan: Plan | None, rows: list[Any], *, note: Any = None, exact: bool = True, **options: Any
+    folder: Path, plan: Plan | None, rows: list[Any], *, note: Any = None, exact: bool = True,
+    recover: bool | None = None, **options: Any,
 ) -> Any:  # fmt: skip
-    trainer = brim.guard(make_trainer(folder, rows, **options), plan, note=note, exact=exact)
+    trainer = brim.guard(make_trainer(folder, rows, **options), plan, note=note, exact=exact, recover=recover)
     trainer.train()
     return trainer
 
@@ -249,7 +250,7 @@ def test_a_run_that_dies_leaves_its_record(tmp_path: Path, measured: int) -> Non
     notes: list[Any] = []
     plan = say_of(plan_job(), measured, budget_bytes=round(1.4 * measured))
     with CappedMemory(round(1.6 * measured)), pytest.raises(torch.OutOfMemoryError):
-        run(tmp_path, plan, make_rows(*[LENGTH] * 12, *[16 * LENGTH] * 4), note=notes.append)
+        run(tmp_path, plan, make_rows(*[LENGTH] * 12, *[16 * LENGTH] * 4), note=notes.append, recover=False)
     record = read(tmp_path)
     assert (record.state, record.problem) == ("died", "out of memory")
     assert [one.fits for one in notes] == [False] and notes[0].num_steps == 3
