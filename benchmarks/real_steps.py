@@ -51,6 +51,9 @@ RESULTS = Path(__file__).parent / "results" / "real_steps.md"
 class Marks:
     """Stands where the tracker stands, follows nothing, and writes the phases into the profile."""
 
+    follows = True
+    """Whether modules tell that they run."""
+
     def __init__(self) -> None:
         self.modules: list[str] = []
         self.notes: list[str] = []

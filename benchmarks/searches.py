@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).parent / "devices"))
 from make import make
 from simulated import VARIANTS, Answer, SimulatedDevice, read_devices
 
-from brim.probes.climb import climb
-from brim.probes.ladder import Candidate, Outcome
 from brim.spec.strategy import Strategy
+from brim.trials.climb import climb
+from brim.trials.ladder import Candidate, Outcome
 
 STEP_SECONDS, OOM_SECONDS = 1.0, 10.0
 

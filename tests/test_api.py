@@ -17,9 +17,10 @@ from brim.readers.sources import read_model
 
 PUBLIC = [
     "AccumulationReport", "BrimError", "DoesNotFit", "Estimate", "ExactAccumulation", "Export", "LightningExact",
-    "ModelShape", "NeutralityReport", "Plan", "Strategy", "Workload", "__version__", "accumulate",
+    "ModelShape", "NeutralityReport", "Plan", "Strategy", "Trial", "Workload", "__version__", "accumulate",
     "accumulate_contrastive", "estimate", "exact_accelerate", "export", "guard", "load_plan", "load_run", "plan",
-    "read_model", "save_plan", "schema", "trace", "unguard", "verify_accumulation", "verify_neutrality", "watch",
+    "read_model", "save_plan", "schema", "trace", "trial", "unguard", "verify_accumulation", "verify_neutrality",
+    "watch",
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         save_plan,
         schema,
         trace,
+        trial,
         verify_accumulation,
         verify_neutrality,
     )
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from brim.spec.model import ModelShape
     from brim.spec.strategy import Strategy
     from brim.spec.workload import Workload
+    from brim.trials.record import Trial
 
 __version__ = "0.1.0"
 
@@ -46,6 +48,7 @@ _HOMES = {
     "load_run": "brim.api",
     "schema": "brim.api",
     "trace": "brim.api",
+    "trial": "brim.api",
     "verify_accumulation": "brim.api",
     "verify_neutrality": "brim.api",
     "accumulate": "brim.runtime.accumulate",
@@ -62,6 +65,7 @@ _HOMES = {
     "Plan": "brim.planner.record",
     "Estimate": "brim.cost.ledger",
     "Export": "brim.exporters.record",
+    "Trial": "brim.trials.record",
     "Workload": "brim.spec.workload",
     "Strategy": "brim.spec.strategy",
     "ModelShape": "brim.spec.model",
@@ -72,9 +76,10 @@ _HOMES = {
 
 __all__ = [
     "AccumulationReport", "BrimError", "DoesNotFit", "Estimate", "ExactAccumulation", "Export", "LightningExact",
-    "ModelShape", "NeutralityReport", "Plan", "Strategy", "Workload", "__version__", "accumulate",
+    "ModelShape", "NeutralityReport", "Plan", "Strategy", "Trial", "Workload", "__version__", "accumulate",
     "accumulate_contrastive", "estimate", "exact_accelerate", "export", "guard", "load_plan", "load_run", "plan",
-    "read_model", "save_plan", "schema", "trace", "unguard", "verify_accumulation", "verify_neutrality", "watch",
+    "read_model", "save_plan", "schema", "trace", "trial", "unguard", "verify_accumulation", "verify_neutrality",
+    "watch",
 ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import brim
 ROOT = Path(brim.__file__).parent
 # Top first. Rooms on one line are siblings. `units` raises an error of `errors`, so it stands above it.
 LAYERS = (
-    ("__main__",), ("cli",), ("api",), ("report",),
+    ("__main__",), ("cli",), ("api",), ("report",), ("trials",),
     ("readers", "probes", "exporters", "runtime", "checks", "history"),
     ("planner",), ("losses", "devices", "cost"), ("tables",), ("spec",), ("units", "files"), ("errors",),
 )  # fmt: skip

@@ -14,7 +14,7 @@ from brim.spec.workload import Workload
 if TYPE_CHECKING:
     from brim.probes.model import BuildModel
 
-_ANSWERERS = ("rule", "formula", "trace")
+_ANSWERERS = ("rule", "formula", "trace", "trial")
 
 
 def check_answerer(name: str) -> None:

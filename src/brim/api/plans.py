@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from brim.api.answerers import check_answerer, find_answerer, make_builder
 from brim.api.jobs import read_job
 from brim.api.measured import calibrate
+from brim.api.runs import estimate_by_trial, plan_by_trial
 from brim.errors import InvalidInput, quoted
 from brim.files import write_text
 from brim.planner.answerer import Answerer
@@ -45,6 +46,8 @@ def plan(model: str | ModelShape, **options: Any) -> Plan:
     from brim import __version__
 
     said = read_options(options)
+    if said.by == "trial":
+        return plan_by_trial(model, options)
     job = read_job(model, said, known_only=said.by != "trace")
     by = said.by or "formula"
     answerer, remarks = _with_history(by, find_answerer(by, job), job, said)
@@ -63,7 +66,7 @@ def estimate(
 
     Args:
         model: as for `plan`; `trace` takes any architecture of the installed transformers.
-        by: answerers, `rule`, `formula` and `trace`.
+        by: answerers, `rule`, `formula`, `trace` and `trial`, which runs the step on the device.
         fold: whether `trace` runs alike layers four deep and repeats them; False runs every layer.
         lengths: tokens of a sequence, micro-batch by micro-batch, that `trace` runs; empty for the same in all.
         timeline: HTML file that `trace` draws memory over the step into.
@@ -84,8 +87,11 @@ def estimate(
     _check_lengths(lengths)
     job = read_job(model, _with_default_split(said), known_only=set(by) != {"trace"})
     strategy = _stated_strategy(job)
-    answers = {name: find_answerer(name, job, fold=fold, lengths=lengths) for name in by}
-    found = tuple(_estimate_with_history(name, answers[name], job, said, strategy) for name in by)
+    answers = {name: find_answerer(name, job, fold=fold, lengths=lengths) for name in by if name != "trial"}
+    found = tuple(
+        estimate_by_trial(job, said, strategy) if name == "trial"
+        else _estimate_with_history(name, answers[name], job, said, strategy) for name in by
+    )  # fmt: skip
     if timeline is not None or trace_json is not None:
         _write_timeline(answers["trace"], job.workload, strategy, found[by.index("trace")], timeline, trace_json)
     return found

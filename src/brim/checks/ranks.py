@@ -23,6 +23,11 @@ def count_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_first() -> bool:
+    """Return whether this process is the first of its ranks, which alone speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def join_ranks() -> None:
     """Join the process group of this process's ranks, if there is more than one and nobody has."""
     import torch.distributed as dist
@@ -36,7 +41,7 @@ def leave_report(document: dict[str, Any]) -> bool:
     path = os.environ.get(_OUT)
     if path is None:
         return False
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first():
         Path(path).write_text(json.dumps(document), encoding="utf-8")
     return True
 

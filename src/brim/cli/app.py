@@ -16,7 +16,8 @@ from brim.errors import BrimError, InvalidInput, UnknownName
 
 INTERRUPTED = 130
 VERBS = (
-    "plan", "estimate", "verify", "export", "show", "history", "gpus", "models", "tasks", "optimizers", "env", "schema",
+    "plan", "estimate", "trial", "verify", "export", "show", "history", "gpus", "models", "tasks", "optimizers", "env",
+    "schema",
 )  # fmt: skip
 # Typer raises these from its own copy of click, or from click; the ancestors of its public error are both.
 _UsageError: Any = typer.BadParameter.__base__

@@ -78,7 +78,7 @@ FLAGS = (
     Flag("loss_kernel", _FIXED, "KIND"),
     Flag("optimizer_kernel", _FIXED, "KIND"),
     Flag("allocator", _FIXED, "KIND"),
-    Flag("by", _OUTPUT, "rule|formula|trace"),
+    Flag("by", _OUTPUT, "rule|formula|trace|trial"),
     Flag("moe_imbalance", _OUTPUT, "X", (), float),
     Flag("history", _OUTPUT, ""),
     Flag("refresh", _OUTPUT, ""),

@@ -108,7 +108,7 @@ def _chunked(tape: Tape, x: Tensor, linear: Linear, setting: Setting, engine: En
     Source: trl/kernels/chunked_logprob.py _ChunkedLogProbFunction (1.16).
     """
     c, hidden = setting.compute_bytes, linear.in_features
-    tile = fixed(c * CHUNK_TOKENS * min(CHUNK_VOCABULARY, linear.out_features))
+    tile = fixed(c * CHUNK_TOKENS * CHUNK_VOCABULARY)  # whatever the vocabulary
     kept = tape.op("scored positions", [x], per_token(c * hidden))
     weight_grad = linear.num_parameters if setting.trains_base else 0
     tape.op(

@@ -41,9 +41,9 @@ def workspace_bytes(device: Device) -> int:
     """Return the matrix library's workspaces: one for the forward thread, one for autograd's.
 
     Source: aten/src/ATen/cuda/CublasHandlePool.cpp parseChosenWorkspaceSize: `:4096:2:16:8` (8.125 MiB),
-    32 MiB from compute capability 9.0. A CPU has none.
+    32 MiB from compute capability 9.0. A CPU's has none that is kept.
     """
-    if device.is_cpu:
+    if device.vendor == "cpu":
         return 0
     hopper = device.compute_capability is not None and device.compute_capability[0] >= 9
     one = 32 * MIB if hopper else 2 * 4096 * KIB + 8 * 16 * KIB
@@ -67,10 +67,10 @@ def context_bytes(device: Device) -> int:
     """Return what the process holds on the device outside the allocator: context, kernels, library handles.
 
     Source: an idle PyTorch process that has run one matrix product, as users report it in nvidia-smi by card:
-    about 300 MiB on Turing, 400-500 on Ampere and Ada, 500-600 on Hopper and Blackwell. Drivers move it by 100 MiB. A
-    CPU has none.
+    about 300 MiB on Turing, 400-500 on Ampere and Ada, 500-600 on Hopper and Blackwell. Drivers move it by 100 MiB.
+    A CPU held to a size has none.
     """
-    if device.is_cpu:
+    if device.vendor == "cpu":
         return 0
     if device.compute_capability is None:
         return _DEFAULT_CONTEXT_MIB * MIB

@@ -63,8 +63,9 @@ class JobOptions:
     """Key of the optimizers table or HF `optim` value."""
     dtype: Dtype | None = None
     """dtype of matrix products."""
-    by: Literal["rule", "formula", "trace"] | None = None
-    """Who answers: the rule of thumb, the tensor-by-tensor formula, or a trace of the real step (needs torch)."""
+    by: Literal["rule", "formula", "trace", "trial"] | None = None
+    """Who answers: the rule of thumb, the tensor-by-tensor formula, a trace of the real step (needs torch), or a trial:
+    real steps on this machine's device."""
     micro_batch_size: int | None = None
     """Fixed sequences per rank per forward."""
     gradient_accumulation_steps: int | None = None
@@ -104,7 +105,7 @@ _WHOLE = {
 }  # fmt: skip
 _REAL = {"moe_imbalance": 2**16, "epochs": MOST_EPOCHS, "lora_alpha": 2**20}
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "method": get_args(Method), "dtype": get_args(Dtype), "by": ("rule", "formula", "trace"),
+    "method": get_args(Method), "dtype": get_args(Dtype), "by": ("rule", "formula", "trace", "trial"),
     "activation_checkpointing": get_args(Checkpointing), "attention_kernel": get_args(AttentionKernel),
     "allocator": get_args(Allocator), "optimizer_kernel": get_args(OptimizerKernel),
     "loss_kernel": get_args(LossKernel), "quantization": get_args(LoadFormat),

@@ -49,6 +49,25 @@ def plan_workload(
         found = search(workload, fixed, answerer, budget.budget_bytes)
     if found.best is None:
         refuse_unfit(workload, fixed, answerer, found)
+    return write_plan(workload, fixed, found, answerer, assumptions=assumptions, brim_version=brim_version)
+
+
+def write_plan(
+    workload: Workload, fixed: Fixed, found: Found, answerer: Answerer, *, assumptions: tuple[str, ...] = (),
+    brim_version: str = "",
+) -> Plan:  # fmt: skip
+    """Return the plan of what a search found, with everything a reader of it needs.
+
+    Args:
+        workload: the job.
+        fixed: Strategy fields that stayed as the user set them.
+        found: what was asked for; something fits.
+        answerer: who said what it costs.
+        assumptions: defaults that were filled in, one sentence each.
+        brim_version: version to write into the record.
+    """
+    assert found.best is not None
+    budget = answerer.budget(workload)
     strategy = found.best.strategy
     estimate = answerer.estimate(workload, strategy)
     schedule = build_schedule(workload, strategy, estimate.step_time)

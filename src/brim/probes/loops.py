@@ -74,7 +74,7 @@ class LossScaler(torch.amp.GradScaler):
         return optimizer.step(*args, **kwargs)
 
 
-def make_scaler(recipe: Recipe) -> LossScaler | None:
+def make_scaler(recipe: Recipe, device_type: str = "cpu") -> LossScaler | None:
     """Return the scaler of the loss, None where the loop has none."""
     scales = recipe.autocast and recipe.compute_dtype == "fp16"
-    return LossScaler("cpu") if scales else None
+    return LossScaler(device_type) if scales else None

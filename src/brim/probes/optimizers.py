@@ -51,6 +51,11 @@ def make_optimizer(model: torch.nn.Module, recipe: Recipe, strategy: Strategy) -
     return _make(groups, name, kernel)
 
 
+def is_from_bitsandbytes(name: str) -> bool:
+    """Return whether an optimizer, by its name in the table, is one of bitsandbytes', which is imitated here."""
+    return name in _BLOCK_OPTIMIZERS
+
+
 def group_parameters(model: torch.nn.Module, recipe: Recipe) -> Groups:
     """Return the trained parameters in the groups that the recipe's engine makes of them.
 

@@ -6,7 +6,7 @@ Two optimizer steps of up to two micro-batches are run: the first makes the opti
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,27 +25,28 @@ from brim.probes.phases import END_OF_STEP, EVALUATION, FIRST_STEP, FORWARD, LOS
 from brim.probes.preferences import pair_inputs, plan_preferences
 from brim.probes.repeat import Stretch, can_repeat, repeat_stretch, take_stretch
 from brim.probes.rows import flatten, row_masks, shares_rows
-from brim.probes.tracker import StorageTracker
 from brim.probes.watch import watch
 from brim.spec.recipe import Recipe
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
 
 Inputs = Mapping[str, Any]
+Tracker = Any
+"""A `StorageTracker`, or what answers to the same names and follows nothing (`follows` is false)."""
 
 _CLIPPING_NORM = 1.0
 
 
 @dataclass(slots=True)
 class Step:
-    """A model, its optimizer and its loop, ready to run."""
+    """A model, its optimizer and its loop, ready to run: on tensors without data, or for real."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     make_inputs: MakeInputs
     workload: Workload
     strategy: Strategy
-    tracker: StorageTracker
+    tracker: Tracker
     loop: Loop
     reference: torch.nn.Module | None = None
     """A second model whose answers are compared with."""
@@ -75,6 +76,8 @@ class Step:
     """Phase that begins at an event, by its own name in the first step too."""
     most_micro_batches: int = 2
     """Micro-batches of an optimizer step that are run."""
+    device_type: str = "cpu"
+    """Where it runs; a card is imitated on the CPU unless it runs for real."""
     part: str = ""
     """Phase of the step, by its own name in the first step too."""
     ends_layers: int = 0
@@ -98,8 +101,8 @@ class Step:
 
 
 def plan_step(
-    workload: Workload, strategy: Strategy, model: torch.nn.Module, make_inputs: MakeInputs, tracker: StorageTracker,
-    reference: torch.nn.Module | None = None,
+    workload: Workload, strategy: Strategy, model: torch.nn.Module, make_inputs: MakeInputs, tracker: Tracker,
+    reference: torch.nn.Module | None = None, *, device_type: str = "cpu",
 ) -> Step:  # fmt: skip
     """Return the step of a workload on a model.
 
@@ -108,14 +111,16 @@ def plan_step(
         strategy: how it is run.
         model: the model with its tensors.
         make_inputs: returns one micro-batch of sequences.
-        tracker: what follows the storages.
+        tracker: what follows the storages, or times a step that runs for real.
         reference: the second model of a preference recipe.
+        device_type: where the model is.
     """
     recipe, loop = workload.recipe, find_loop(workload.recipe)
     step = Step(
         model=model, optimizer=make_optimizer(model, recipe, strategy),
         make_inputs=flatten(pair_inputs(make_inputs, recipe), workload, strategy, model), workload=workload,
-        strategy=strategy, tracker=tracker, loop=loop, reference=reference, scaler=make_scaler(recipe),
+        strategy=strategy, tracker=tracker, loop=loop, reference=reference,
+        scaler=make_scaler(recipe, device_type), device_type=device_type,
         counts_labels=loop.counts_labels and takes_label_count(model), first=not recipe.engine.resumes,
     )  # fmt: skip
     if recipe.preference is not None:
@@ -146,8 +151,7 @@ def run_steps(step: Step) -> None:
     """Run the optimizer steps, and an evaluation if the loop evaluates."""
     start_states(step.optimizer, resumes=step.recipe.engine.resumes)
     _label_states(step)
-    autocast = CudaAutocast() if step.recipe.autocast else contextlib.nullcontext()
-    with watch(step), row_masks(step.workload, step.strategy), autocast:
+    with _imitate_card(step):
         stretch = None
         for _ in range(step.num_steps):
             if stretch is not None and can_repeat(step.tracker, stretch):
@@ -161,6 +165,17 @@ def run_steps(step: Step) -> None:
             step.tracker.begin(END_OF_STEP)
         if step.recipe.engine.evaluates:
             _evaluate(step)
+
+
+@contextlib.contextmanager
+def _imitate_card(step: Step) -> Iterator[None]:
+    """Where storages are followed: modules tell that they run, masks and autocast are those of the target."""
+    if not step.tracker.follows:
+        yield
+        return
+    autocast = CudaAutocast() if step.recipe.autocast else contextlib.nullcontext()
+    with watch(step), row_masks(step.workload, step.strategy), autocast:
+        yield
 
 
 def _take_stretch(step: Step, started: int) -> Stretch | None:
@@ -251,7 +266,7 @@ def _wrap(step: Step, forward: Callable[..., Any]) -> Callable[..., Any]:
     cast = _fp32_outputs() if step.loop.casts_outputs else lambda outputs: outputs
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(step.device_type, dtype):
             outputs = forward(*args, **kwargs)
         return cast(outputs)
 

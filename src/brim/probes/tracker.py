@@ -65,6 +65,9 @@ class Storage:
 class StorageTracker(TorchDispatchMode):
     """Records allocations and frees of storages made while the mode is on, as a stream of events."""
 
+    follows = True
+    """Whether storages are followed."""
+
     def __init__(
         self, workspaces: Workspaces | None = None, scalar: float | None = None,
         kind: type[torch.Tensor] = torch.Tensor, block_bytes: int = BLOCK_BYTES,

@@ -12,6 +12,7 @@ from brim.tables.read import find_device, match_device
 from brim.units import MIB, format_size, parse_size
 
 _MOST_DEVICES = 1024
+_CPU = "cpu:"
 _ZERO = re.compile(r"(0+\.?0*|\.0+)\s*([kmgt]i?)?b?", re.IGNORECASE)
 _UNNOTICED_BYTES = 64 * MIB
 """Less than this in use is not worth a word: an idle driver holds a few MiB."""
@@ -22,7 +23,8 @@ def read_cluster(text: str, *, num_nodes: int = 1) -> tuple[Cluster, str]:
 
     Args:
         text: a GPU (`rtx-4090`, `RTX 4090`), a size (`24GiB`), each with a count per node behind a colon
-            (`h100:8`); or `auto`, the GPUs of this machine with the memory that is free now.
+            (`h100:8`); `auto`, the GPUs of this machine with the memory that is free now; or `cpu:2GiB`, a CPU that
+            is held to a size, which trials run on where there is no GPU.
         num_nodes: nodes with these devices.
 
     Raises:
@@ -30,6 +32,8 @@ def read_cluster(text: str, *, num_nodes: int = 1) -> tuple[Cluster, str]:
         MissingExtra: `auto` without nvidia-ml-py and torch.
     """
     _refuse_count("nodes", num_nodes)
+    if text.strip().lower().startswith(_CPU):
+        return _read_cpu(text.strip()[len(_CPU) :])
     name, count = _split(text)
     if name.lower() == "auto":
         cluster, sentence = _read_auto(count)
@@ -39,6 +43,12 @@ def read_cluster(text: str, *, num_nodes: int = 1) -> tuple[Cluster, str]:
     if num_nodes > 1:
         return replace(cluster, num_nodes=num_nodes), f"{sentence}, on each of {num_nodes} nodes"
     return cluster, sentence
+
+
+def _read_cpu(size: str) -> tuple[Cluster, str]:
+    size_bytes = parse_size(size)
+    device = Device(name="cpu", capacity_bytes=size_bytes, vendor="cpu", source="the size the user gave")
+    return Cluster(device=device), f"a CPU held to {format_size(size_bytes)} (speed unknown)"
 
 
 def _split(text: str) -> tuple[str, int | None]:

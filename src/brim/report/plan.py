@@ -90,6 +90,8 @@ def describe_margin(estimate: Estimate) -> str:
     if estimate.calibration is not None:
         return _describe_calibrated(estimate, estimate.calibration)
     allocated, device = (find_accuracy(estimate.source, meter) for meter in ("allocated", "device"))
+    if estimate.source == "trial":
+        return "trial: measured in real optimizer steps on this device"
     if allocated is None:
         return f"{estimate.source}; its error has not been measured"
     if not estimate.margin_bytes:
@@ -118,7 +120,7 @@ def describe_speed_source(estimate: Estimate) -> str:
     """Return who says the step time, and how much that is worth on this card."""
     if estimate.calibration is not None and estimate.calibration.seconds is not None:
         return describe_calibrated_speed(estimate.calibration.seconds)
-    return f"{estimate.source} (unmeasured on this card)"
+    return "trial: measured" if estimate.source == "trial" else f"{estimate.source} (unmeasured on this card)"
 
 
 def format_figures(plan: Plan) -> Table:

@@ -10,11 +10,12 @@ from brim.cost.overhead import workspace_bytes
 from brim.errors import BrimError
 from brim.planner.record import Plan
 from brim.runtime.sight import Fitting, correct_peak
-from brim.spec.device import CPU, Device
+from brim.spec.device import Device
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
 
 _ROUND_TOKENS = 64
+_CPU = "cpu"
 
 
 class Forecast:
@@ -105,9 +106,9 @@ class Forecast:
 def place(workload: Workload, device: str, capacity_bytes: int | None = None) -> Workload:
     """Return the job on the device that it runs on: a CPU has neither context nor library workspaces."""
     planned = workload.cluster.device
-    if device != CPU or planned.is_cpu:
+    if device != _CPU or planned.vendor == _CPU:
         return workload
-    host = Device(name=CPU, capacity_bytes=capacity_bytes or planned.capacity_bytes, vendor=CPU)
+    host = Device(name=_CPU, capacity_bytes=capacity_bytes or planned.capacity_bytes, vendor=_CPU)
     return replace(workload, cluster=replace(workload.cluster, device=host))
 
 

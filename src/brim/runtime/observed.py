@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import TYPE_CHECKING, Literal
 
+from brim.devices.driver import read_driver
 from brim.planner.record import Plan
 from brim.runtime.forecast import place
 from brim.runtime.run_record import OUT_OF_MEMORY, Expected, Measured, RunRecord
@@ -104,7 +105,7 @@ def _observe(plan: Plan, strategy: Strategy, measured: Measured, problem: str) -
     why = OUT_OF_MEMORY if problem == OUT_OF_MEMORY else _find_problem(measured)
     return Observation(
         kind="watch", workload=job, strategy=strategy, device=measured.device,
-        finished=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), driver=_read_driver(),
+        finished=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), driver=read_driver(measured.device == "cpu"),
         capacity_bytes=measured.capacity_bytes or _host_bytes(), versions=tuple(_list_versions()),
         num_ranks=measured.num_ranks, num_steps=measured.num_steps, fits=not why, problem=why,
         peak_allocated_bytes=measured.peak_allocated_bytes,
@@ -142,23 +143,6 @@ def _list_versions() -> list[tuple[str, str]]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _read_driver() -> str | None:
-    """Return the release of the NVIDIA driver; None without one, or without its Python bindings."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        text = pynvml.nvmlSystemGetDriverVersion()
-        pynvml.nvmlShutdown()
-    except Exception:  # bindings or library are missing: a record without it is whole all the same
-        return None
-    return text.decode() if isinstance(text, bytes) else str(text)
 
 
 def is_expandable() -> bool:

@@ -8,8 +8,6 @@ from brim.spec.model import STRICT
 
 BLOCK_BYTES = 512
 """The CUDA caching allocator hands out multiples of this. Source: c10/cuda/CUDACachingAllocator.cpp kMinBlockSize."""
-CPU = "cpu"
-"""Name of a CPU that training runs on, with a cap or without."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,16 +53,11 @@ class Device:
     compute_capability: tuple[int, int] | None = None
     """CUDA compute capability (major, minor); None for other vendors."""
     vendor: str = "nvidia"
-    """`nvidia` or `amd`; `cpu` of a CPU."""
+    """`nvidia`, `amd`, or `cpu` for a CPU that is held to a size."""
     link: str | None = None
     """Fastest link between two such devices, key of the links table."""
     source: str = ""
     """Where these figures stand."""
-
-    @property
-    def is_cpu(self) -> bool:
-        """Whether tensors live in the host's memory: no context there, and no workspaces of a matrix library."""
-        return self.name == CPU or self.name.startswith(f"{CPU}:")
 
     @property
     def plannable_bytes(self) -> int:

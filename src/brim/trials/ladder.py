@@ -7,7 +7,7 @@ what was measured says by how much it is off; between kinds the errors of one mo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import log
 from statistics import median
 
@@ -25,6 +25,9 @@ _NEAR_SLOPE = 0.1
 """How far the growth beyond two runs may be from that between them."""
 _CLOSE = 8.0
 """Runs whose micro-batches are at most so many times apart are searched between."""
+SPILLED_FRACTION = 0.25
+"""How much longer the same batch may take in larger micro-batches. A larger one saves launches and fills the card
+better, so by the time law of cost/steptime.py it takes less; memory over a bus takes several times as long."""
 TELLING = 1.02
 """Predictions closer than this say nothing of how memory grows: the peak lies where the micro-batch plays no part."""
 
@@ -91,8 +94,24 @@ class Ladder:
         return [other for other in self.kin(one) if other.strategy in self.tried]
 
     def note(self, outcome: Outcome) -> None:
-        """Learn from a run."""
+        """Learn from a run. One that took clearly longer than a smaller micro-batch of its kind does not fit."""
         self.tried[outcome.strategy] = outcome
+        for one in [outcome, *(self.tried[other.strategy] for other in self.ran(outcome))]:
+            self.tried[one.strategy] = self._refuse_slower(one)
+
+    def _refuse_slower(self, outcome: Outcome) -> Outcome:
+        """Return a run as it counts beside its neighbours: a larger micro-batch that is slower has left the device's
+        own memory, whatever its driver says of that (WDDM and unified memory spill to the host without a word)."""
+        if not outcome.fits or outcome.seconds is None:
+            return outcome
+        size = outcome.strategy.micro_batch_size
+        for one in self.ran(outcome):
+            other = self.tried[one.strategy]
+            smaller = one.strategy.micro_batch_size < size and other.fits and other.seconds is not None
+            if smaller and outcome.seconds > other.seconds * (1 + SPILLED_FRACTION):  # type: ignore[operator]
+                text = f"slower than micro-batch {one.strategy.micro_batch_size}: spilled to host memory, or thrashing"
+                return replace(outcome, fits=False, problem=text)
+        return outcome
 
     def range_of(self, candidate: Candidate) -> Range:
         """Return the bytes that an untried candidate may hold."""

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log
 
-from brim.probes.ladder import TELLING, UNTRIED_SPREAD, Candidate, Ladder, Outcome
 from brim.spec.strategy import Strategy
+from brim.trials.ladder import TELLING, UNTRIED_SPREAD, Candidate, Ladder, Outcome
 
 Run = Callable[[Strategy], Outcome]
 

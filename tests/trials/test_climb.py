@@ -5,9 +5,9 @@ from statistics import mean
 
 import pytest
 
-from brim.probes.climb import climb
-from brim.probes.ladder import Candidate, Ladder, Outcome
 from brim.spec.strategy import Strategy
+from brim.trials.climb import climb
+from brim.trials.ladder import Candidate, Ladder, Outcome
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 GIB = 1 << 30

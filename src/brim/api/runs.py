@@ -1,0 +1,286 @@
+"""Strategies run for real: one of a plan, or the climb to the fastest that fits this device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from brim.api.files import load_plan
+from brim.api.jobs import read_job, read_shape
+from brim.api.measured import add_observation, calibrate, find_calibration
+from brim.errors import BrimError, DoesNotFit, InvalidInput, MissingExtra
+from brim.planner.answerer import answer_by_formula
+from brim.planner.job import Job
+from brim.planner.options import JobOptions, read_options
+from brim.planner.plan import plan_workload
+from brim.planner.record import Plan
+from brim.spec.device import Cluster
+from brim.spec.model import ModelShape
+from brim.spec.observation import Observation
+from brim.spec.strategy import Strategy
+from brim.spec.workload import Workload
+from brim.units import MIB, format_size
+
+if TYPE_CHECKING:
+    from brim.cost.ledger import Estimate
+    from brim.trials.record import Trial
+    from brim.trials.trial import Bench
+
+Say = Callable[[Observation], None]
+_HOST_SHARE = 2
+"""A CPU that stands in for a GPU takes one part in so many of the host's free memory."""
+_SURE = 3.0
+"""A prediction that measured runs have corrected may be off by so many times its worst held-out error."""
+
+
+def trial(
+    subject: str | ModelShape | Plan, *, device: str | None = None, script: str | None = None,
+    climb: bool | None = None, say: Say = lambda run: None, **options: Any,
+) -> Trial:  # fmt: skip
+    """Return what real optimizer steps on this machine's device show, run in a child process.
+
+    Weights are random, sequences as long as planned; nothing of yours is read, trained or written, unless `script`
+    names a function that returns your own trainer, which is then run in the child.
+
+    Args:
+        subject: a model as for `plan`, a plan, or the file it was saved to.
+        device: `auto` for this machine's GPU; a smaller card or size (`24GiB`) holds the GPU to that; `cpu:2GiB` is a
+            CPU held to a size. The plan's own device if None; without a GPU, a CPU held to half of what is free.
+        script: `train.py:make_trainer`, a function that returns a transformers.Trainer or one of its kin.
+        climb: whether to search for the fastest strategy that fits, rather than run one; yes for a model, no for a
+            plan.
+        say: is told of every run as it ends.
+        options: as for `plan`, where the subject is a model.
+
+    Raises:
+        InvalidInput: options beside a plan, or what cannot be meant.
+        MissingExtra: torch or the trainer is not installed.
+        ProbeFailed: the step does not run, for a reason that is no matter of memory.
+    """
+    if isinstance(subject, Plan) or _is_plan(subject):
+        bench, strategy = _read_plan(subject, device, options)
+    else:
+        bench, strategy = _read_model(subject, device, options, climbs=climb is not False)
+    bench.script, bench.say = script, say
+    from brim.trials.trial import try_fastest, try_strategy
+
+    bench.workload = replace(bench.workload, cluster=match_ranks(bench.workload.cluster, subject))
+    if climb if climb is not None else strategy is None:
+        return try_fastest(bench, **_find_spread(bench))
+    return try_strategy(bench, strategy or _choose(bench))
+
+
+def match_ranks(cluster: Cluster, subject: object) -> Cluster:
+    """Return devices as many as the ranks that torchrun has started: each of them runs the same trial.
+
+    Raises:
+        InvalidInput: the job is for another number of devices.
+    """
+    from brim.checks.ranks import count_ranks
+
+    ranks, planned = count_ranks(), cluster.num_devices
+    if ranks > 1 and planned == 1:
+        return replace(cluster, devices_per_node=ranks)
+    if ranks == planned:
+        return cluster
+    name = subject if isinstance(subject, str) else "plan.json"
+    raise InvalidInput(
+        f"the job is for {planned} devices, this trial has {ranks}; start it on every device: "
+        f"torchrun --nproc-per-node {planned} -m brim trial {name}"
+    )
+
+
+def plan_by_trial(subject: str | ModelShape, options: Mapping[str, Any]) -> Plan:
+    """Return the plan of the fastest strategy that was found to fit this device.
+
+    Raises:
+        DoesNotFit: nothing that was run fits.
+    """
+    found = trial(subject, **{name: value for name, value in options.items() if name != "by"})
+    if found.plan is None:
+        raise unfit(found)
+    return found.plan
+
+
+def estimate_by_trial(job: Job, said: JobOptions, strategy: Strategy) -> Estimate:
+    """Return what one strategy costs, as real steps on its device show.
+
+    Raises:
+        DoesNotFit: it ran out of memory.
+    """
+    from brim.trials.observe import read_estimate
+    from brim.trials.trial import try_strategy
+
+    cluster, remark = place(job.workload.cluster)
+    placed = replace(job, workload=replace(job.workload, cluster=cluster))
+    found = try_strategy(find_bench(placed, said), strategy)
+    run = found.runs[0]
+    if run.peak_allocated_bytes is None:
+        raise unfit(found)
+    return read_estimate(run, (*found.notes, *((remark,) if remark else ())))
+
+
+def unfit(found: Trial) -> DoesNotFit:
+    """Return the error of a trial in which nothing fits."""
+    run = min(found.runs, key=lambda one: one.strategy.micro_batch_size, default=None)
+    if run is None:
+        return DoesNotFit("no strategy was run", gap_bytes=0, at_moment="")
+    strategy, peak = run.strategy, run.peak_allocated_bytes
+    text = (
+        f"nothing that was tried fits: micro-batch {strategy.micro_batch_size} with "
+        f"{strategy.activation_checkpointing.replace('none', 'no')} checkpointing: {run.problem}; try a larger device, "
+        "a shorter --seq-len, or --method lora or qlora"
+    )
+    gap = 0 if peak is None else max(0, peak - found.budget_bytes)
+    return DoesNotFit(text, gap_bytes=gap, at_moment="the trial", budget_bytes=found.budget_bytes)
+
+
+def find_bench(job: Job, said: JobOptions) -> Bench:
+    """Return a job on its device, ready to be run.
+
+    Raises:
+        MissingExtra: torch is not installed.
+    """
+    from brim import __version__
+    from brim.checks.ranks import is_first
+
+    try:
+        from brim.trials.trial import Bench
+    except ModuleNotFoundError as error:
+        raise MissingExtra(package=error.name or "torch", extra="trial", purpose="a trial") from None
+    formula, remarks = answer_by_formula(), ()
+    if said.history is not False:
+        formula, remarks = calibrate(formula, job.workload)
+    keep = add_observation if said.history is not False and is_first() else lambda run: None
+    return Bench(
+        workload=job.workload, fixed=job.fixed, config=job.config, formula=formula, note=keep,
+        assumptions=(*job.assumptions, *remarks), brim_version=__version__,
+    )  # fmt: skip
+
+
+def _is_plan(subject: object) -> bool:
+    return isinstance(subject, str) and subject.endswith(".json") and not subject.endswith("config.json")
+
+
+def _read_model(
+    subject: str | ModelShape, device: str | None, options: Mapping[str, Any], *, climbs: bool
+) -> tuple[Bench, Strategy | None]:
+    """Return a job said in options."""
+    said = read_options(dict(options))
+    gpu, remark = _find_gpu(device or said.gpu)
+    job = read_job(subject, replace(said, gpu=gpu), known_only=True)
+    cluster, placed = place(job.workload.cluster)
+    remarks = (*((remark,) if remark else ()), *((placed,) if placed else ()))
+    job = replace(
+        job, workload=replace(job.workload, cluster=cluster), assumptions=(*job.assumptions, *remarks)
+    )
+    return find_bench(job, said), None
+
+
+def _read_plan(subject: str | Plan, device: str | None, options: Mapping[str, Any]) -> tuple[Bench, Strategy]:
+    """Return the job of a plan, and its strategy."""
+    unknown = sorted(name for name, value in options.items() if value is not None and name != "history")
+    if unknown:
+        raise InvalidInput(f"a plan says its job itself; leave {', '.join(unknown)} out, or name the model")
+    plan = subject if isinstance(subject, Plan) else load_plan(subject)
+    said = read_options(dict(options))
+    _, origin, config = read_shape(plan.workload.model.name, refresh=False, known_only=False)
+    cluster, remark = _replace_device(plan.workload, device)
+    job = Job(
+        workload=replace(plan.workload, cluster=cluster), fixed={}, config=config,
+        assumptions=(*plan.assumptions, *origin, *((remark,) if remark else ())),
+    )  # fmt: skip
+    return find_bench(job, said), plan.strategy
+
+
+def _replace_device(workload: Workload, device: str | None) -> tuple[Cluster, str]:
+    """Return a plan's devices as they are run: those named, else its own, where this machine has them."""
+    from brim.readers.hardware import read_cluster
+
+    if device is None:
+        return place(workload.cluster)
+    gpu, remark = _find_gpu(device)
+    found, about = read_cluster(gpu or "auto")
+    count = workload.cluster
+    cluster, placed = place(replace(count, device=found.device))
+    return cluster, "; ".join(part for part in (remark, about, placed) if part)
+
+
+def _find_gpu(said: str | None) -> tuple[str | None, str]:
+    """Return the device to plan for: what was said, this machine's GPU, or a CPU where there is none."""
+    if said is not None and said.strip().lower() != "auto":
+        return said, ""
+    if has_gpu():
+        return "auto", ""
+    size = read_host_bytes() // _HOST_SHARE // MIB
+    return f"cpu:{size}MiB", "no GPU here: run on this CPU, held to half of the memory that is free"
+
+
+def place(cluster: Cluster) -> tuple[Cluster, str]:
+    """Return devices as this machine can run them, and what to say if they are others than planned.
+
+    A GPU of this machine is held to the size of the planned one. Without a GPU, a CPU is.
+    """
+    if cluster.device.vendor == "cpu":
+        return cluster, ""
+    from brim.readers.nvml import read_live_devices
+
+    if has_gpu():
+        live = read_live_devices()[0][0]
+        if live.free_bytes >= cluster.device.plannable_bytes:
+            return cluster, ""
+        device = replace(cluster.device, free_bytes=min(live.free_bytes, cluster.device.capacity_bytes))
+        return replace(cluster, device=device), f"this GPU has {format_size(live.free_bytes)} free, less than planned"
+    from brim.readers.hardware import read_cluster
+
+    size = min(cluster.device.plannable_bytes, read_host_bytes() // _HOST_SHARE) // MIB
+    found, _ = read_cluster(f"cpu:{size}MiB")
+    return replace(cluster, device=found.device), f"no GPU here: run on this CPU, held to {format_size(size * MIB)}"
+
+
+def has_gpu() -> bool:
+    """Return whether this machine has a GPU that a program can use."""
+    from brim.readers.nvml import read_live_devices
+
+    try:
+        return bool(read_live_devices()[0])
+    except BrimError:
+        return False
+
+
+def read_host_bytes() -> int:
+    """Return the memory of the host that is free for programs, bytes."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text(encoding="utf-8").splitlines():
+            name, _, rest = line.partition(":")
+            if name == "MemAvailable":
+                return int(rest.split()[0]) * 1024
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return 4096 * MIB
+
+
+def _choose(bench: Bench) -> Strategy:
+    """Return the strategy that the formula chooses.
+
+    Raises:
+        DoesNotFit: it finds none.
+    """
+    return plan_workload(bench.workload, bench.fixed, bench.formula).strategy
+
+
+def _find_spread(bench: Bench) -> dict[str, float]:
+    """Return how far predictions may be off, where measured runs of this card say so."""
+    from brim.trials.ladder import UNTRIED_SPREAD
+
+    try:
+        known = find_calibration(bench.workload)
+    except (BrimError, RuntimeError, ImportError):  # a broken history must not stop a trial
+        return {}
+    if known is None:
+        return {}
+    return {"spread": min(UNTRIED_SPREAD, max(0.05, _SURE * known.allocated.worst_error_fraction))}
