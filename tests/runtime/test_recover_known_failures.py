@@ -128,7 +128,7 @@ def test_training_a_batch_again_after_half_a_step_moves_some_weights_twice() -> 
     assert differ(train_again(6), truth) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["sgd-foreach", "adamw-foreach"])
+@pytest.mark.parametrize("kind", [pytest.param("sgd-foreach", marks=pytest.mark.slow), "adamw-foreach"])
 def test_no_batch_is_stepped_twice(tmp_path: Path, kind: str) -> None:
     """An out-of-memory inside the step, after some tensors are new: the retry must not move those again."""
     stock = make_trainer(tmp_path, kind)

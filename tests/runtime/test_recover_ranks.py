@@ -193,11 +193,10 @@ def spawn(*checks: Callable[[int], None], seconds: float = SECONDS) -> None:
     run_both(partial(run_rank, checks=list(checks)), seconds)
 
 
-def test_one_rank_out_of_memory_and_both_end_as_if_undisturbed(tmp_path: Path) -> None:
+def test_one_rank_out_of_memory_and_both_end_as_if_undisturbed() -> None:
     spawn(
         partial(check_points, wrap="ddp", num_points=2), partial(check_points, wrap="fsdp2", num_points=2),
         partial(check_growth, wrap="fsdp2"), check_clipping, check_overlap,
-        partial(check_trainer, kind="hf", folder=str(tmp_path), parts=(3,)),
     )  # fmt: skip
 
 

@@ -100,7 +100,7 @@ def test_what_was_unscaled_is_unscaled_anew(fails_in: str, monkeypatch: pytest.M
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("place", ["forward", "clipping", "optimizer step"])
+@pytest.mark.parametrize("place", [pytest.param("forward", marks=pytest.mark.slow), "clipping", "optimizer step"])
 def test_inside_hugging_faces_loop(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def prepare(guarded: bool) -> Any:
         trainer = make_trainer(tmp_path, max_steps=2)

@@ -47,7 +47,7 @@ def read_metrics(trainer: Any) -> list[dict[str, float]]:
     return [{k: v for k, v in entry.items() if k in kept} for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo", "reward"])
+@pytest.mark.parametrize("kind", ["sft", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("dpo", "reward"))])
 def test_weights_are_those_of_an_undisturbed_run(tmp_path: Path, kind: str) -> None:
     counter = Refuser()
     quiet = train(prepare(kind, tmp_path), counter)
