@@ -19,8 +19,8 @@ PUBLIC = [
     "AccumulationReport", "BrimError", "CannotRecover", "DoesNotFit", "Estimate", "ExactAccumulation", "Export",
     "LightningExact", "ModelShape", "NeutralityReport", "Plan", "Recovery", "Strategy", "Trial", "Workload",
     "__version__", "accumulate", "accumulate_contrastive", "estimate", "exact_accelerate", "export", "guard",
-    "load_plan", "plan", "read_model", "save_plan", "schema", "trace", "trial", "unguard", "verify_accumulation",
-    "verify_neutrality",
+    "load_plan", "load_run", "plan", "read_model", "save_plan", "schema", "trace", "trial", "unguard",
+    "verify_accumulation", "verify_neutrality", "watch",
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
         estimate,
         export,
         load_plan,
+        load_run,
         plan,
         save_plan,
         schema,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         verify_accumulation,
         verify_neutrality,
     )
+    from brim.api.watched import guard, watch
     from brim.checks.report import AccumulationReport, NeutralityReport
     from brim.cost.ledger import Estimate
     from brim.errors import BrimError, CannotRecover, DoesNotFit
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from brim.runtime.accelerate_loop import exact_accelerate
     from brim.runtime.accumulate import accumulate
     from brim.runtime.contrastive import accumulate_contrastive
-    from brim.runtime.guard import guard, unguard
+    from brim.runtime.guard import unguard
     from brim.runtime.lightning import LightningExact
     from brim.runtime.recover import Recovery
     from brim.runtime.trainer import ExactAccumulation
@@ -44,6 +46,7 @@ _HOMES = {
     "export": "brim.api",
     "save_plan": "brim.api",
     "load_plan": "brim.api",
+    "load_run": "brim.api",
     "schema": "brim.api",
     "trace": "brim.api",
     "trial": "brim.api",
@@ -54,9 +57,10 @@ _HOMES = {
     "exact_accelerate": "brim.runtime.accelerate_loop",
     "LightningExact": "brim.runtime.lightning",
     "Recovery": "brim.runtime.recover",
-    "guard": "brim.runtime.guard",
+    "guard": "brim.api.watched",
     "unguard": "brim.runtime.guard",
     "ExactAccumulation": "brim.runtime.trainer",
+    "watch": "brim.api.watched",
     "AccumulationReport": "brim.checks.report",
     "NeutralityReport": "brim.checks.report",
     "read_model": "brim.readers.sources",
@@ -77,8 +81,8 @@ __all__ = [
     "AccumulationReport", "BrimError", "CannotRecover", "DoesNotFit", "Estimate", "ExactAccumulation", "Export",
     "LightningExact", "ModelShape", "NeutralityReport", "Plan", "Recovery", "Strategy", "Trial", "Workload",
     "__version__", "accumulate", "accumulate_contrastive", "estimate", "exact_accelerate", "export", "guard",
-    "load_plan", "plan", "read_model", "save_plan", "schema", "trace", "trial", "unguard", "verify_accumulation",
-    "verify_neutrality",
+    "load_plan", "load_run", "plan", "read_model", "save_plan", "schema", "trace", "trial", "unguard",
+    "verify_accumulation", "verify_neutrality", "watch",
 ]  # fmt: skip
 
 

@@ -73,6 +73,7 @@ def test_padding_is_told_from_accumulation() -> None:
     assert not report.exact
     assert set(report.causes) == {diagnose.PADDING}
     assert report.padding_error > 1e-2
+    assert report.fix.startswith("batches of equally long sequences")
 
 
 def test_a_report_survives_its_document() -> None:
@@ -136,6 +137,9 @@ def make_guarded():
 
 def make_nothing():
     return None
+
+def make_trouble():
+    raise OSError("no such dataset")
 """
 
 
@@ -145,10 +149,13 @@ def test_the_users_own_trainer(tmp_path: Path) -> None:
     stock = brim.verify_accumulation(f"{script}:make_trainer")
     assert diagnose.NOT_DIVIDED in stock.causes[0]
     assert stock.fix == "trainer = brim.guard(trainer)"
-    assert brim.verify_accumulation(f"{script}:make_trainer", guarded=True).exact
+    guarded = brim.verify_accumulation(f"{script}:make_trainer", guarded=True)
+    assert (guarded.exact, guarded.fix) == (True, "")
     assert brim.verify_accumulation(f"{script}:make_guarded").exact
     with pytest.raises(InvalidInput, match=r"must return a transformers\.Trainer, not NoneType"):
         brim.verify_accumulation(f"{script}:make_nothing")
+    with pytest.raises(InvalidInput, match=r"make_trouble fails: OSError: no such dataset"):
+        brim.verify_accumulation(f"{script}:make_trouble")
     with pytest.raises(UnknownName, match="make_trainer"):
         brim.verify_accumulation(f"{script}:make_trainr")
 
@@ -186,13 +193,24 @@ def make_trainer():
 
 @pytest.mark.parametrize("guarded", [False, True])
 def test_the_real_precision_has_its_own_limits(tmp_path: Path, guarded: bool) -> None:
-    """A count that is 2 % off is seen in bf16, where the noise of the difference is 0.5 %."""
+    """A count that is 2 % off is seen in bf16, where the noise of the difference is 0.5 %.
+
+    The truth is made under the trainer's autocast too: one in fp32 is seven times as far from any exact split.
+    """
     (tmp_path / "train.py").write_text(BF16, encoding="utf-8")
     report = brim.verify_accumulation(f"{tmp_path}/train.py:make_trainer", full_size=True, guarded=guarded)
     assert report.precision == "bf16"
     assert report.exact == guarded, report.causes
     assert guarded or diagnose.WRONG_COUNT in report.causes[0]
     assert "own model" in report.size
+    assert not guarded or max(1 - split.cosine for split in report.splits) < 1e-4
+
+
+def test_a_small_copy_is_proved_in_fp32_whatever_the_precision_of_its_trainer(tmp_path: Path) -> None:
+    """Limits of fp32 on a run under bf16's autocast would find every trainer inexact, a guarded one too."""
+    (tmp_path / "train.py").write_text(BF16, encoding="utf-8")
+    report = brim.verify_accumulation(f"{tmp_path}/train.py:make_trainer", guarded=True)
+    assert (report.precision, report.exact) == ("fp32", True), report.causes
 
 
 def test_ranks_need_a_script() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from io import StringIO
 from xml.etree import ElementTree
 
@@ -52,6 +53,18 @@ def test_what_is_not_accumulation_is_said() -> None:
     text = words(report(split(8, 1e-7), padding_error=0.2, batch_error=0.01))
     assert "a padded batch is 20 % off its sequences run alone" in text
     assert "1 % away from single sequences" in text
+
+
+def test_noise_of_sixteen_bit_is_not_blamed_on_padding() -> None:
+    """And its drawing has no limit, since norm and angle are limited, not the error."""
+    noisy = replace(report(split(8, 6e-3), padding_error=6e-3), precision="bf16")
+    assert "a padded batch" not in words(noisy)
+    assert "limit" not in draw_errors(noisy)
+    assert "a padded batch" in words(replace(noisy, padding_error=0.2))
+
+
+def test_no_fix_is_offered_where_there_is_none() -> None:
+    assert "Fix" not in words(replace(report(split(1, 7.0, "not divided")), fix=""))
 
 
 def test_the_drawing_is_whole_and_escaped() -> None:

@@ -258,12 +258,10 @@ def test_what_cannot_be_guarded_is_refused(tmp_path: Path, change: Any, text: st
         brim.guard(change(make_trainer(tmp_path, 4)))
 
 
-def test_what_guard_cannot_do_yet_is_not_promised(tmp_path: Path) -> None:
+def test_recovery_needs_exact_accumulation(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, 4)
     assert brim.guard(trainer, exact=False, watch=False, recover=False) is trainer
     assert type(trainer) is InOrder
-    with pytest.raises(InvalidInput, match="cannot watch yet"):
-        brim.guard(trainer, watch=True)
     with pytest.raises(InvalidInput, match="exact=True"):
         brim.guard(trainer, exact=False, recover=True)
 

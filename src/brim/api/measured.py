@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from brim.errors import InvalidFile
-from brim.exporters.files import write_text
+from brim.files import write_text
 from brim.history.place import find_existing
 from brim.history.runs import (
     Wanted,

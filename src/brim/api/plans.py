@@ -12,7 +12,7 @@ from brim.api.jobs import read_job
 from brim.api.measured import calibrate
 from brim.api.runs import estimate_by_trial, plan_by_trial
 from brim.errors import InvalidInput, quoted
-from brim.exporters.files import write_text
+from brim.files import write_text
 from brim.planner.answerer import Answerer
 from brim.planner.candidates import check_strategy, list_variants
 from brim.planner.job import Job

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from brim.api.files import load_plan
@@ -38,12 +39,15 @@ def verify_accumulation(
     from brim.checks.ranks import join_ranks, run_ranks
     from brim.checks.report import AccumulationReport
     from brim.checks.script import is_script
+    from brim.checks.silence import silenced
 
     if sharding != "ddp" and (not isinstance(subject, str) or is_script(subject)):
         raise InvalidInput("--sharding goes with a model; a trainer of your own says fsdp=True in its arguments")
     if ranks == 1:
         join_ranks()
-        return prove(_read_subject(subject, trainer, sharding, guarded=guarded, full_size=full_size))
+        with silenced():
+            read = _read_subject(subject, trainer, sharding, guarded=guarded, full_size=full_size)
+            return prove(replace(read, fix="") if guarded else read)  # a guard would be no news
     if not isinstance(subject, str):
         raise InvalidInput("several ranks run a script each: give train.py:make_trainer instead of a function")
     words = [subject, "--sharding", sharding, *(["--trainer", trainer] if trainer else [])]

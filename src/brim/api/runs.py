@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from brim.api.files import load_plan
@@ -150,7 +148,7 @@ def find_bench(job: Job, said: JobOptions) -> Bench:
     try:
         from brim.trials.trial import Bench
     except ModuleNotFoundError as error:
-        raise MissingExtra(package=error.name or "torch", extra="trial", purpose="a trial") from None
+        raise MissingExtra(package=error.name or "torch", extra="train", purpose="a trial") from None
     formula, remarks = answer_by_formula(), ()
     if said.history is not False:
         formula, remarks = calibrate(formula, job.workload)
@@ -215,8 +213,8 @@ def _find_gpu(said: str | None) -> tuple[str | None, str]:
         return said, ""
     if has_gpu():
         return "auto", ""
-    size = read_host_bytes() // _HOST_SHARE // MIB
-    return f"cpu:{size}MiB", "no GPU here: run on this CPU, held to half of the memory that is free"
+    size_bytes = read_host_bytes() // _HOST_SHARE // MIB * MIB
+    return f"cpu:{size_bytes}B", "no GPU here: run on this CPU, held to half of the memory that is free"
 
 
 def place(cluster: Cluster) -> tuple[Cluster, str]:
@@ -236,9 +234,9 @@ def place(cluster: Cluster) -> tuple[Cluster, str]:
         return replace(cluster, device=device), f"this GPU has {format_size(live.free_bytes)} free, less than planned"
     from brim.readers.hardware import read_cluster
 
-    size = min(cluster.device.plannable_bytes, read_host_bytes() // _HOST_SHARE) // MIB
-    found, _ = read_cluster(f"cpu:{size}MiB")
-    return replace(cluster, device=found.device), f"no GPU here: run on this CPU, held to {format_size(size * MIB)}"
+    size_bytes = min(cluster.device.plannable_bytes, read_host_bytes() // _HOST_SHARE) // MIB * MIB
+    found, _ = read_cluster(f"cpu:{size_bytes}B")
+    return replace(cluster, device=found.device), f"no GPU here: run on this CPU, held to {format_size(size_bytes)}"
 
 
 def has_gpu() -> bool:
@@ -253,15 +251,9 @@ def has_gpu() -> bool:
 
 def read_host_bytes() -> int:
     """Return the memory of the host that is free for programs, bytes."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text(encoding="utf-8").splitlines():
-            name, _, rest = line.partition(":")
-            if name == "MemAvailable":
-                return int(rest.split()[0]) * 1024
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return 4096 * MIB
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def _choose(bench: Bench) -> Strategy:

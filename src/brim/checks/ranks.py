@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -81,4 +82,4 @@ def _last_error(text: str) -> str:
     """Return the first line that names an error, of all ranks' output."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     named = [line for line in lines if line.startswith("error:") or ("Error" in line and ":" in line)]
-    return (named or lines or ["no output"])[0][:300]
+    return re.sub(r"^error: (internal: )?", "", (named or lines or ["no output"])[0])[:300]

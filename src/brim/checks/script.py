@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from brim.errors import InvalidFile, InvalidInput, UnknownName
+from brim.errors import BrimError, InvalidFile, InvalidInput, UnknownName
 
 
 def is_script(text: str) -> bool:
@@ -21,7 +21,8 @@ def load_factory(text: str) -> Callable[[], Any]:
     """Return the function that a text names. The script is run, with `__name__` other than `__main__`.
 
     Raises:
-        InvalidFile: no such file. UnknownName: no such function. InvalidInput: the script fails while it is read.
+        InvalidFile: no such file. UnknownName: no such function. InvalidInput: the script fails while it is read, or
+            later the function that is returned.
     """
     path, _, name = text.rpartition(":")
     if not os.path.isfile(path):
@@ -40,9 +41,28 @@ def load_factory(text: str) -> Callable[[], Any]:
         sys.path.pop(0)
     factory = getattr(module, name, None)
     if not callable(factory):
-        known = [word for word in vars(module) if callable(getattr(module, word)) and not word.startswith("_")]
+        known = [word for word, value in vars(module).items() if callable(value) and _is_own(module, word, value)]
         raise UnknownName(kind=f"function in {path}", name=name, known=known)
-    return factory
+    return _telling(factory, text)
+
+
+def _is_own(module: Any, word: str, value: Any) -> bool:
+    """Return whether a script defines a name and does not only import it."""
+    return not word.startswith("_") and getattr(value, "__module__", None) == module.__name__
+
+
+def _telling(factory: Callable[[], Any], text: str) -> Callable[[], Any]:
+    """Return a function of a script, whose own errors are told as the script's."""
+
+    def make() -> Any:
+        try:
+            return factory()
+        except BrimError:
+            raise
+        except Exception as error:
+            raise InvalidInput(f"{text} fails: {type(error).__name__}: {error}") from error
+
+    return make
 
 
 def is_plan(subject: object) -> bool:

@@ -50,10 +50,14 @@ def read_trainer(
     model = shrink_model(first.model) if shrink else quiet(first.model)
     rows = pick_rows(first.train_dataset, num_ranks)
     first.model = model
+    if shrink:
+        _stay_in_fp32(first)
     collate = _collator(first)
 
     def run(split: Split) -> list[Tensor]:
         trainer = _set_up(_made(make_trainer), copy_model(model), rows, split)
+        if shrink:
+            _stay_in_fp32(trainer)
         prepared = trainer if prepare is None else prepare(trainer)
         with silenced(), _sharding(trainer) if shards else nullcontext():
             prepared.train()
@@ -99,6 +103,11 @@ def name_fix(release: str) -> str:
     """Return the line that makes a trainer of some release of transformers exact; old ones leave no place for it."""
     old = tuple(int(part) for part in release.split(".")[:2]) < _OLDEST_GUARDED
     return f"transformers {release} cannot be guarded: with 4.46 or later, {FIX}" if old else FIX
+
+
+def _stay_in_fp32(trainer: Any) -> None:
+    """Let a trainer whose arguments say bf16 or fp16 train its small copy in fp32: that is what its limits are for."""
+    trainer.accelerator.native_amp, trainer.accelerator.scaler = False, None
 
 
 def pick_rows(dataset: Any, num_ranks: int) -> list[Any]:
@@ -168,7 +177,7 @@ def _collator(trainer: Any) -> Callable[[list[Any]], Mapping[str, Any]]:
 
 
 def _plain_loss(trainer: Any, model: Any, inputs: Mapping[str, Any]) -> Tensor:
-    with trainer.compute_loss_context_manager():
+    with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
         return trainer.compute_loss(model, {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()})
 
 

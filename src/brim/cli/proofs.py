@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from brim.cli.output import print_json, print_remark, print_report
-from brim.exporters.files import write_text
+from brim.files import write_text
 
 if TYPE_CHECKING:
     from brim.checks.report import AccumulationReport, NeutralityReport

@@ -6,7 +6,7 @@ import typer
 
 from brim.cli.output import print_json
 
-_NAME = typer.Argument("plan", metavar="NAME", help="plan or estimate.")
+_NAME = typer.Argument("plan", metavar="NAME", help="plan, estimate or run.")
 
 
 def run_schema(name: str = _NAME) -> None:

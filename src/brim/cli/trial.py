@@ -7,8 +7,7 @@ from typing import Any
 import typer
 
 from brim.cli.options import AS_JSON, takes_job
-from brim.cli.output import print_json, print_remark, print_report
-from brim.cli.results import suggest_file
+from brim.cli.tried import print_trial, say_run, write_trial
 from brim.errors import DoesNotFit
 
 _DEVICE = typer.Option(
@@ -51,33 +50,10 @@ def run_trial(
     from brim.checks.ranks import is_first
 
     first = is_first()
-    found = api.trial(
-        model, device=device, script=script, climb=climb, say=_say if first and not as_json else lambda run: None, **job
-    )
+    say = say_run if first and not as_json else lambda run: None
+    found = api.trial(model, device=device, script=script, climb=climb, say=say, **job)
     if not first:
         raise typer.Exit(0 if found.best is not None else DoesNotFit.exit_code)
-    next_commands: list[str] = []
-    if out is not None and found.plan is not None:
-        api.save_plan(found.plan, out)
-        print_remark(f"wrote {out}: the plan")
-        next_commands = suggest_file(found.plan, out)
-    if html is not None:
-        from brim.exporters.files import write_text
-        from brim.report.trial import trial_page
-
-        write_text(html, trial_page(found))
-        print_remark(f"wrote {html}")
-    if as_json:
-        print_json(api.describe_trial(found))
-    else:
-        from brim.report.trial import format_trial
-
-        print_report(format_trial(found, next_commands=next_commands))
+    print_trial(found, write_trial(found, out=out, html=html), as_json=as_json)
     if found.best is None:
         raise typer.Exit(DoesNotFit.exit_code)
-
-
-def _say(run: Any) -> None:
-    from brim.report.trial import describe_run
-
-    print_remark(describe_run(run))

@@ -66,7 +66,7 @@ def read_plan(text: str, *, path: str) -> Plan:
     """
     from pydantic import ValidationError
 
-    document = _parse(text, path)
+    document = parse_document(text, path=path, kind="plan")
     version = document.get("schema_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise InvalidFile(path=path, problem="is no plan: it has no schema_version")
@@ -83,7 +83,18 @@ def read_plan(text: str, *, path: str) -> Plan:
     return plan
 
 
-def _parse(text: str, path: str) -> dict[str, Any]:
+def parse_document(text: str | bytes, *, path: str, kind: str) -> dict[str, Any]:
+    """Return the JSON object of a text: no constant that is no number, no absurd number, nothing unprintable.
+
+    Args:
+        text: what stands in a file.
+        path: where, for messages.
+        kind: what it should be, for messages: `plan`.
+
+    Raises:
+        InvalidFile: it is none.
+    """
+
     def refuse_constant(word: str) -> NoReturn:
         raise ValueError(f"{word} is no number")
 
@@ -92,7 +103,7 @@ def _parse(text: str, path: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InvalidFile(path=path, problem=f"is no JSON: {first_line(error)}") from None
     if not isinstance(document, dict):
-        raise InvalidFile(path=path, problem="is no plan: not a JSON object")
+        raise InvalidFile(path=path, problem=f"is no {kind}: not a JSON object")
     problem = _absurd(document)
     if problem:
         raise InvalidFile(path=path, problem=problem)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group
 from rich.text import Text
 
-from brim.checks.report import FP32_LIMIT, AccumulationReport, SplitResult, without_numbers
+from brim.checks.report import BF16_NOISE, FP32_LIMIT, AccumulationReport, SplitResult, without_numbers
 from brim.report.memory import make_table
 from brim.report.plan import format_list, format_section
 
@@ -28,7 +28,7 @@ def format_accumulation(report: AccumulationReport) -> Group:
     if report.causes:
         named = [f"{letter}: {cause}" for cause, letter in letters.items()]
         parts += format_section("Cause", format_list(named))
-        parts += format_section("Fix", format_list([report.fix]))
+        parts += format_section("Fix", format_list([report.fix])) if report.fix else []
     parts += format_section("Splits", _format_splits(report.splits, letters))
     parts += format_section("How it was measured", format_list(_list_remarks(report)))
     return Group(*parts)
@@ -77,7 +77,7 @@ def _list_remarks(report: AccumulationReport) -> list[str]:
         else "bf16 fails where the norm is 0.2 % off or 1 - cosine above 3e-4",
         f"on {report.size}: " + ", ".join(f"{k} {v}" for k, v in report.versions.items()),
     ]
-    if report.padding_error > FP32_LIMIT:
+    if report.padding_error > (FP32_LIMIT if report.precision == "fp32" else BF16_NOISE):
         remarks.append(
             f"a padded batch is {_percent(report.padding_error)} off its sequences run alone: the model sees padding"
         )
@@ -107,17 +107,23 @@ def format_accumulation_html(report: AccumulationReport) -> str:
 
 
 def draw_errors(report: AccumulationReport) -> str:
-    """Return an SVG: the error of every split on a logarithmic scale, with the limit as a line."""
+    """Return an SVG: the error of every split on a logarithmic scale, with the limit of fp32 as a line."""
     height = _ROW * len(report.splits) + 30
     bars = "".join(_draw_error(index, split) for index, split in enumerate(report.splits))
-    limit = _place(FP32_LIMIT)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img" '
         f'style="max-width:{_WIDTH}px;width:100%;height:auto;font-family:system-ui,sans-serif" font-size="12" '
         f'fill="currentColor"><title>Error by split: {escape(report.subject)}</title>{bars}'
+        f"{_draw_limit(height) if report.precision == 'fp32' else ''}</svg>"
+    )
+
+
+def _draw_limit(height: int) -> str:
+    limit = _place(FP32_LIMIT)
+    return (
         f'<line x1="{limit:.1f}" x2="{limit:.1f}" y1="0" y2="{height - 20}" stroke="currentColor" '
         f'stroke-dasharray="4 3"/><text x="{limit:.1f}" y="{height - 6}" text-anchor="middle">limit {FP32_LIMIT:g}'
-        "</text></svg>"
+        "</text>"
     )
 
 

@@ -137,8 +137,8 @@ def list_times(trial: Trial) -> list[str]:
         return [f"{format_seconds(run.step_seconds)}; fixed cost and cost of a micro-batch could not be told apart"]
     step, fixed, micro = map(format_seconds, (run.step_seconds, run.fixed_seconds, run.micro_batch_seconds))
     return [
-        f"{step} = {fixed} fixed (optimizer, clipping) + {steps} x {micro} per micro-batch (forward and backward), from "
-        "steps of two lengths"
+        f"{step} = {fixed} fixed (optimizer, clipping) + {steps} x {micro} per micro-batch (forward and backward), "
+        "from steps of two lengths"
     ]
 
 

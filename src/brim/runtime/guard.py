@@ -1,12 +1,17 @@
-"""`guard`: one line that makes any Hugging Face trainer exact."""
+"""`guard`: one line that makes any Hugging Face trainer exact, watches it, and lets it survive an out-of-memory."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from brim.errors import InvalidInput
 from brim.runtime.recover_trainer import RecoveringTrainer
 from brim.runtime.trainer import ExactAccumulation
+
+if TYPE_CHECKING:
+    from brim.planner.record import Plan
+    from brim.spec.observation import Observation
 
 Trainer = TypeVar("Trainer")
 _OLDEST = (4, 46)
@@ -16,9 +21,10 @@ _GUARDED: dict[tuple[type, type], type] = {}
 
 
 def guard(
-    trainer: Trainer, plan: Any = None, *, exact: bool = True, watch: bool | None = None, recover: bool | None = None
-) -> Trainer:
-    """Return the same trainer, made exact: its class is rebound to a subclass of itself.
+    trainer: Trainer, plan: Plan | None = None, *, exact: bool = True, watch: bool = True,
+    recover: bool | None = None, note: Callable[[Observation], None] | None = None,
+) -> Trainer:  # fmt: skip
+    """Return the same trainer, made exact, and watched: its class is rebound to a subclass of itself.
 
         trainer = brim.guard(SFTTrainer(...))
         trainer.train()
@@ -30,10 +36,13 @@ def guard(
         trainer: a `transformers.Trainer` or any subclass: Seq2SeqTrainer, TRL's SFT, DPO, Reward, your own.
         plan: the plan that the run follows, or None.
         exact: whether accumulation is made exact.
-        watch: whether memory and speed are compared with the plan; True is refused, since guard cannot do it yet.
+        watch: whether memory and speed are watched and compared with the plan: what is wrong is said in one line on
+            stderr, each log of training gets `memory/...` and `speed/...`, and `brim-run.json` is written into the
+            output folder.
         recover: whether an out-of-memory is survived, in training and evaluation. If None it is where accumulation is
             made exact, since a window that is run again in smaller pieces must not become another one, and where that
             can be done at all (a warning says why not); True insists.
+        note: given the observation when a watched run with a plan is over.
 
     Raises:
         CannotRecover: raised by `train()` when memory runs out and no smaller split is left.
@@ -42,19 +51,26 @@ def guard(
         InseparableLoss: raised by `train()` when the loss is no mean that splits over micro-batches.
     """
     _check(trainer)
-    if watch:
-        raise InvalidInput("guard cannot watch yet; leave watch out, the rest works without it")
     if recover and not exact:
         raise InvalidInput("recover cuts micro-batches, which only exact accumulation makes the same step: exact=True")
     if exact and (recover or not isinstance(trainer, ExactAccumulation)):
         _rebind(trainer, RecoveringTrainer if recover is not False else ExactAccumulation)
         trainer._recover_plan = plan
         trainer._recover_asked = bool(recover)
+    from brim.runtime.callback import forget_watch, watch_trainer
+
+    if watch:
+        watch_trainer(trainer, plan, note)
+    else:
+        forget_watch(trainer)
     return trainer
 
 
 def unguard(trainer: Trainer) -> Trainer:
-    """Return the trainer with its own class again."""
+    """Return the trainer with its own class again, watched no longer."""
+    from brim.runtime.callback import forget_watch
+
+    forget_watch(trainer)
     if type(trainer) in _GUARDED.values():
         trainer.forget_window()  # type: ignore[attr-defined]
         trainer.__class__ = type(trainer).__bases__[-1]

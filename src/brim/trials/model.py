@@ -36,7 +36,7 @@ def _read_quantization(words: dict[str, Any]) -> Any:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        raise MissingExtra(package="bitsandbytes", extra="trial", purpose="a trial of a quantised base") from None
+        raise MissingExtra(package="bitsandbytes", extra="train", purpose="a trial of a quantised base") from None
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(**words)
@@ -56,7 +56,7 @@ def find_lora(recipe: Recipe) -> Any:
     try:
         import peft
     except ImportError:
-        raise MissingExtra(package="peft", extra="trial", purpose="a trial of LoRA") from None
+        raise MissingExtra(package="peft", extra="train", purpose="a trial of LoRA") from None
     words.pop("task_type")  # PEFT's own guess is right for every head
     return peft.LoraConfig(**words)
 

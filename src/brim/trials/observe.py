@@ -35,7 +35,7 @@ def observe(plan: Plan, answer: Answer, capacity_bytes: int) -> Observation:
     problem = find_problem(answer, plan.budget_bytes)
     said = plan.estimate
     return Observation(
-        kind="trial", workload=workload, strategy=strategy, finished=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+        kind="trial", workload=workload, strategy=strategy, finished=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         device=answer.device, capacity_bytes=capacity_bytes, driver=answer.driver, versions=answer.versions,
         num_ranks=strategy.mesh.data_parallel_size, num_steps=answer.num_steps, fits=not problem, problem=problem,
         peak_allocated_bytes=answer.peak_allocated_bytes, peak_reserved_bytes=answer.peak_reserved_bytes,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Protocol
 import torch
 
 from brim.devices.capped import CappedMemory
+from brim.devices.driver import read_driver
 from brim.devices.meter import CappedMeter, CudaMeter, Meter
 from brim.errors import BrimError, first_line
 from brim.trials.request import Answer, Request
@@ -160,16 +160,3 @@ def list_versions() -> tuple[tuple[str, str], ...]:
         with contextlib.suppress(PackageNotFoundError):
             found.append((name, version(name)))
     return tuple(found)
-
-
-def read_driver(on_cpu: bool) -> str | None:
-    """Return the release of the GPU's driver; None on a CPU, or where NVML is not there to ask."""
-    if on_cpu or importlib.util.find_spec("pynvml") is None:
-        return None
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    except pynvml.NVMLError:
-        return None

@@ -86,9 +86,9 @@ class Ranks:
 def find_weakest(answers: Sequence[Answer]) -> Answer:
     """Return one answer for all ranks.
 
-    A rank that ran out of memory or failed by itself says more than one that was stopped because of it.
+    A rank that ran out of memory says more than those that failed because it was gone, or were stopped.
     """
-    order = {"failed": 0, "oom": 1, "lost": 2, "done": 3}
+    order = {"oom": 0, "failed": 1, "lost": 2, "done": 3}
     worst = min(range(len(answers)), key=lambda rank: order[answers[rank].ending])
     first = answers[worst]
     if first.ending != "done":

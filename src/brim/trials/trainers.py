@@ -51,7 +51,7 @@ def find_installed(target: str) -> Dialect:
     try:
         return find_dialect(target, version(package))
     except PackageNotFoundError:
-        raise MissingExtra(package=package, extra="trial", purpose=f"a trial of {target}") from None
+        raise MissingExtra(package=package, extra="train", purpose=f"a trial of {target}") from None
 
 
 def _build_hf(request: Request, dialect: Dialect, meter: Meter) -> TrainerRun:
