@@ -47,7 +47,7 @@ class Clock(TrainerCallback):
         self.times.append(time.process_time())
 
 
-def run(prepare: Prepare) -> list[float]:
+def run(prepare: Prepare, **options: Any) -> list[float]:
     """Return the seconds from the end of one step to the end of the next; the fetch and the count are in it."""
     torch.manual_seed(0)
     tokens = torch.randint(0, CONFIG.vocab_size, (STEPS * SIZE * ACCUMULATION, LENGTH))
@@ -56,6 +56,7 @@ def run(prepare: Prepare) -> list[float]:
     arguments = TrainingArguments(
         tempfile.gettempdir(), per_device_train_batch_size=SIZE, gradient_accumulation_steps=ACCUMULATION,
         max_steps=STEPS, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True,
+        **options,
     )  # fmt: skip
     trainer = Trainer(LlamaForCausalLM(CONFIG), arguments, train_dataset=rows, callbacks=[clock])
     begin = time.process_time()
@@ -65,15 +66,15 @@ def run(prepare: Prepare) -> list[float]:
 
 
 def measure(
-    ours: Prepare, theirs: Prepare, rounds: int = ROUNDS
+    ours: Prepare, theirs: Prepare, rounds: int = ROUNDS, **options: Any
 ) -> tuple[list[float], list[float], float, float]:  # fmt: skip
     """Return the ratio of each pair of neighbouring runs, the steps of theirs, and the first step of either."""
     ratios, steps, firsts = [], [], {ours: [], theirs: []}
-    run(ours)  # warm up
+    run(ours, **options)  # warm up
     for turn in range(rounds):
         found = {}
         for prepare in (ours, theirs) if turn % 2 else (theirs, ours):
-            times = run(prepare)
+            times = run(prepare, **options)
             firsts[prepare].append(times[0])
             found[prepare] = median(times[1:])
         ratios.append(found[ours] / found[theirs])

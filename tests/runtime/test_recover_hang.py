@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -72,3 +74,15 @@ def test_it_ends_and_the_run_goes_on(tmp_path: Path, how: str, wrap: str) -> Non
     assert codes in ([EXIT_CODE, EXIT_CODE], [EXIT_CODE, LOST]) if how == "hang" else codes == [TOLD, LOST]
     assert read_record(tmp_path)["micro_batch_size"] == 1
     spawn(partial(go_on, wrap=wrap, folder=tmp_path))
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_it_with_the_smaller_split(tmp_path: Path) -> None:
+    job = Path(__file__).with_name("elastic_job.py")
+    paths = [str(job.parent), str(job.parent.parent), *sys.path]
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
+         str(job), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, timeout=SECONDS_IN_ALL, check=True,
+    )  # fmt: skip
+    assert (tmp_path / "done").read_text(encoding="utf-8") == "1 1"  # steps resumed from, micro-batch

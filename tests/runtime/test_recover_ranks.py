@@ -63,10 +63,10 @@ def prepare(wrap: str, **options: Any) -> Recovery:
 
 def train(wrap: str, refuser: Refuser, rank: int, **options: Any) -> Any:
     """Train on windows that ranks share; return whole weights, steps taken, and the recovery."""
-    recovery = prepare(wrap, **options)
+    recovery, windows = prepare(wrap, **options), [take_mine(window, rank) for window in make_windows()]
     with CappedMemory(ROOMY, refuse=refuser):
-        for window in make_windows():
-            recovery.step(take_mine(window, rank))
+        for window in windows:
+            recovery.step(window)
     return read_whole(recovery.model), count_steps(recovery.optimizer), recovery
 
 
@@ -100,16 +100,16 @@ def check_overlap(rank: int) -> None:
 def check_growth(rank: int, wrap: str) -> None:
     """Both ranks come down together and grow together, never beyond what was planned."""
     truth, _ = train_undisturbed(KIND)
-    recovery, (first, second) = prepare(wrap), make_windows()
+    recovery, (first, second) = prepare(wrap), [take_mine(window, rank) for window in make_windows()]
     seen: list[int] = []
     recovery.model.register_forward_pre_hook(lambda m, a, k: seen.append(len(k["input_ids"])), with_kwargs=True)
     with CappedMemory(ROOMY, refuse=Refuser(20 if rank else None)):
-        recovery.step(take_mine(first, rank))
+        recovery.step(first)
     assert recovery.micro_batch_size == 1
     recovery.grow(8)
     assert recovery.micro_batch_size == 2
     seen.clear()
-    recovery.step(take_mine(second, rank))
+    recovery.step(second)
     assert seen == ([2, 2, 1] if rank else [2, 1, 1])  # the rank with fewer pieces repeats its last
     assert differ(read_whole(recovery.model), truth) <= SAME
 
@@ -136,8 +136,9 @@ def check_second_recovery(rank: int) -> None:
     """A model that another recovery has held asks the one that holds it now."""
     recovery = prepare("fsdp2")
     later = Recovery(recovery.model, recovery.optimizer, micro_batch_size=2, form=FORM)
+    window = take_mine(make_windows()[0], rank)
     with CappedMemory(ROOMY, refuse=Refuser(40 if rank else None)):
-        later.step(take_mine(make_windows()[0], rank))
+        later.step(window)
     assert [event.own for event in later.events] == [bool(rank)]
 
 
