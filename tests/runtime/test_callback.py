@@ -190,6 +190,27 @@ def test_a_window_that_was_run_again_in_pieces(tmp_path: Path, capped: CappedMem
     assert record.measured.peak_allocated_bytes == pytest.approx(record.expected.as_run_allocated_bytes, rel=0.1)
 
 
+def test_a_window_that_recovery_ran_again(tmp_path: Path, measured: int) -> None:
+    """The real thing: one allocation is refused in the fourth step, and guard goes on in pieces of one sequence."""
+    refused: list[int] = []
+    trainer = make_trainer(tmp_path, make_rows(*[LENGTH] * 40))
+
+    def refuse(number: int, num_bytes: int) -> bool:
+        if trainer.state.global_step == 3 and num_bytes > 2**17 and not refused:
+            refused.append(number)
+            return True
+        return False
+
+    with CappedMemory(GIB, refuse=refuse):
+        brim.guard(trainer, say_of(plan_job(), measured), history=False).train()
+    record = read(tmp_path)
+    assert len(trainer.recovery_events) == len(refused) == 1
+    assert [(one.code, one.step) for one in record.verdicts] == [("survived", 4)]
+    assert record.observation is not None and record.observation.fits and record.measured.num_ooms == 0
+    assert record.observation.strategy.micro_batch_size == 1 and record.expected is not None
+    assert record.measured.peak_allocated_bytes == pytest.approx(record.expected.as_run_allocated_bytes, rel=0.1)
+
+
 def test_training_is_the_same(tmp_path: Path) -> None:
     rows = make_rows(*[40, 20, 30, 10] * 4)
     weights = []
