@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from export_plans import make_plan, make_recipe, make_shape, with_ranks
 
+import brim
 from brim.errors import Inexpressible, InvalidFile, InvalidStrategy, UnknownName
 from brim.exporters import Export, ExportFile, export_plan, list_targets, write_export
 from brim.exporters.script import format_literal
@@ -264,6 +265,13 @@ def test_deepspeed_refuses_a_full_bf16_plan_without_masters() -> None:
     with pytest.raises(Inexpressible, match="full fine-tuning in bf16 without master weights; it keeps fp32 master"):
         export_plan(plan, "deepspeed")
     export_plan(make_plan("deepspeed", recipe=make_recipe("full", "transformers", "fp32")), "deepspeed")
+
+
+def test_what_does_not_accumulate_exactly_is_said_where_it_is_exported() -> None:
+    plan = brim.plan("gpt2", gpu="24GiB", trainer="transformers", method="full", micro_batch_size=2)
+    assert [text for text in export_plan(plan, "transformers").notes if "brim.guard(trainer) makes it exact" in text]
+    exact = brim.plan("meta-llama/Llama-3.1-8B", gpu="24GiB", trainer="transformers", method="qlora")
+    assert not [text for text in export_plan(exact, "transformers").notes if "brim.guard" in text]
 
 
 def test_deepspeed_says_what_it_makes_of_adapters() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import mkstemp
 
@@ -16,6 +17,7 @@ from brim.exporters.trainer import export_transformers
 from brim.exporters.trl import export_trl
 from brim.exporters.unsloth import export_unsloth
 from brim.planner.record import Plan
+from brim.planner.warnings import NOT_EXACT
 from brim.tables.dialects import Dialect, find_dialect
 
 EXPORTERS: Mapping[str, Callable[[Plan, Dialect], Export]] = {
@@ -49,7 +51,15 @@ def export_plan(plan: Plan, target: str, *, version: str | None = None) -> Expor
     dialect = find_dialect(target, version)
     check_product(plan)
     refuse_inexpressible(plan, dialect)
-    return EXPORTERS[dialect.target](plan, dialect)
+    export = EXPORTERS[dialect.target](plan, dialect)
+    return replace(export, notes=(*export.notes, *_warn_of_accumulation(plan, dialect)))
+
+
+def _warn_of_accumulation(plan: Plan, dialect: Dialect) -> tuple[str, ...]:
+    """Return what the table of exactness says of the plan's class; scripts for Accelerate count for themselves."""
+    if dialect.target == "accelerate":
+        return ()
+    return tuple(warning.text for warning in plan.warnings if warning.code == NOT_EXACT)
 
 
 def write_export(export: Export, folder: str | Path) -> list[Path]:

@@ -17,6 +17,8 @@ from brim.tables.exactness import LOOP_OF_TRAINER, find_exactness
 from brim.tables.read import find_optimizer
 from brim.units import format_size
 
+NOT_EXACT = "accumulation_not_exact"
+"""Code of the warning that a trainer does not train a class as the big batch would; exporters repeat it."""
 FEW_STEPS = 100
 """Fewer optimizer steps than this leave no room for warmup and decay."""
 
@@ -162,7 +164,7 @@ def _accumulation(facts: _Facts) -> Iterator[PlanWarning]:
     if row is not None and not row.exact:
         routed = " with router losses on" if all(told.startswith("auxiliary") for told in row.told) else ""
         yield PlanWarning(
-            code="accumulation_not_exact",
+            code=NOT_EXACT,
             text=f"accumulating, {trainer} does not train {architecture}{routed} as the big batch would "
             f"(transformers {row.transformers}): {row.told[0]}; trainer = brim.guard(trainer) makes it exact, "
             "brim verify shows it",

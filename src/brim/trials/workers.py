@@ -109,7 +109,8 @@ class Worker:
         with log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "brim.trials.child", self._folder.name], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True, env=_environment(),
+                stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
+                env=_environment(self._folder.name),
             )  # fmt: skip
         self._lines = queue.SimpleQueue()
         threading.Thread(target=_forward, args=(self._process, self._lines), daemon=True).start()
@@ -147,11 +148,12 @@ def _forward(process: subprocess.Popen[str], lines: queue.SimpleQueue[str | None
     lines.put(None)
 
 
-def _environment() -> dict[str, str]:
-    """Nothing of a run goes to a hub or a tracker; what the user set for the allocator stays."""
+def _environment(folder: str) -> dict[str, str]:
+    """Nothing of a run goes to a hub or a tracker, what it writes for itself goes with the folder; what the user set
+    for the allocator stays."""
     return {
-        **os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1",
+        **os.environ, "TMPDIR": folder, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false",
+        "WANDB_MODE": "disabled", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1",
     }  # fmt: skip
 
 
