@@ -116,13 +116,14 @@ class SafeStep:
     def _list_chunks(self) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
         for group in self.optimizer.param_groups:
             chunk, held = [], 0
+            copies = not group.get("fused")
             for parameter in list(group["params"]):
                 if parameter.grad is None:
                     continue
                 local = _local(parameter)
                 chunk.append(parameter)
                 held += local.numel() * local.element_size()
-                if held >= (_CHUNK_BYTES_ON_HOST if local.device.type == "cpu" else _CHUNK_BYTES):
+                if held >= (_CHUNK_BYTES_ON_HOST if copies and local.device.type == "cpu" else _CHUNK_BYTES):
                     yield group, chunk
                     chunk, held = [], 0
             if chunk:
