@@ -38,6 +38,7 @@ from brim.spec.recipe import Engine, Lora, Quantization, Recipe
 from brim.spec.strategy import Strategy
 from brim.spec.workload import BatchTarget, Workload
 from brim.tables.read import find_device
+from brim.trials.clock import Untracked
 from tiny_models import tiny_class, tiny_config
 
 _SETTLING_SECONDS = 0.05  # the profiler loses what happens in the instant it starts
@@ -48,34 +49,14 @@ BAR = 0.001
 RESULTS = Path(__file__).parent / "results" / "real_steps.md"
 
 
-class Marks:
-    """Stands where the tracker stands, follows nothing, and writes the phases into the profile."""
+class Marks(Untracked):
+    """Stands where the tracker stands, and writes the phases into the profile."""
 
     follows = True
-    """Whether modules tell that they run."""
-
-    def __init__(self) -> None:
-        self.modules: list[str] = []
-        self.notes: list[str] = []
-        self.events: list[None] = []
-        self.next_key, self.layer = 0, -1
 
     def begin(self, phase: str) -> None:
         with record_function(MARK + phase):
             pass
-
-    def layer_of(self, tensor: torch.Tensor) -> int:
-        return -1
-
-    def name_of(self, tensor: torch.Tensor) -> str:
-        return ""
-
-    def keys_of(self, tensors: Iterable[torch.Tensor]) -> list[int]:
-        return []
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        """Labels, tags and names of storages: there are none."""
-        return lambda *_, **__: None
 
 
 class Case:

@@ -13,7 +13,7 @@ ROOT = Path(brim.__file__).parent
 LAYERS = (
     ("__main__",), ("cli",), ("api",), ("report",), ("trials",),
     ("readers", "probes", "exporters", "runtime", "checks", "history"),
-    ("planner",), ("losses", "devices", "cost"), ("tables",), ("spec",), ("units", "files"), ("errors",),
+    ("planner",), ("losses", "devices", "cost"), ("tables",), ("spec",), ("units", "files", "versions"), ("errors",),
 )  # fmt: skip
 # `_repr_html_` asks the report on first display; the package itself hands out names lazily.
 EXCEPTIONS = {("brim.planner.record", "brim.report.html"), ("brim.checks.report", "brim.report.exactness")}

@@ -53,7 +53,7 @@ def test_a_run_that_died_has_no_figures(tmp_path: Path) -> None:
     died = Answer(ending="oom", device="cpu")
     seen = observe(make_plan(tmp_path), died, GIB)
     assert not seen.fits and seen.step_seconds is None and seen.tokens_per_second is None
-    outcome = read_outcome(seen, died)
+    outcome = read_outcome(seen)
     assert outcome.died and outcome.held_bytes is None
     with pytest.raises(ValueError, match="died"):
         read_estimate(seen)

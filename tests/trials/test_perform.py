@@ -122,6 +122,12 @@ def test_an_out_of_memory_is_known_by_its_type_however_it_is_wrapped(tmp_path: P
     assert run(make_plan(tmp_path), script=write_script(tmp_path / "b", only_text)).ending == "failed"
 
 
+def test_an_out_of_memory_while_the_script_makes_its_trainer_is_one(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("import torch\n\n\ndef make_trainer():\n    return torch.zeros(2**28)\n", encoding="utf-8")
+    assert run(make_plan(tmp_path), script=f"{script}:make_trainer").ending == "oom"
+
+
 def test_what_cannot_be_started_names_the_way_out(tmp_path: Path) -> None:
     plan = make_plan(tmp_path)
     other = replace(plan.workload.recipe, engine=replace(plan.workload.recipe.engine, name="unsloth"))

@@ -115,18 +115,28 @@ def list_calibrations(observations: Iterable[Observation]) -> tuple[Calibration,
     return tuple(found for found in fits if found is not None)
 
 
-def calibrate(answerer: Answerer, workload: Workload) -> tuple[Answerer, tuple[str, ...]]:
-    """Return the formula as measured runs correct it, and what to say where they could not be read."""
+def read_calibration(workload: Workload) -> tuple[Calibration | None, tuple[str, ...]]:
+    """Return what measured runs say of the formula, and what to say where they cannot be read."""
     try:
-        calibration = find_calibration(workload)
+        return find_calibration(workload), ()
     except (InvalidFile, RuntimeError, ImportError) as error:  # a broken history must not stop a plan
-        return answerer, (f"measured runs were not used: {error}",)
+        return None, (f"measured runs were not used: {error}",)
+
+
+def correct_formula(formula: Answerer, calibration: Calibration | None) -> Answerer:
+    """Return the formula as measured runs correct it; itself where there are too few."""
     if calibration is None:
-        return answerer, ()
+        return formula
     from brim.cost.estimate import certain_bytes
     from brim.planner.calibrated import calibrated
 
-    return calibrated(answerer, calibration, certain_bytes), ()
+    return calibrated(formula, calibration, certain_bytes)
+
+
+def calibrate(formula: Answerer, workload: Workload) -> tuple[Answerer, tuple[str, ...]]:
+    """Return the formula as measured runs correct it, and what to say where they could not be read."""
+    calibration, remarks = read_calibration(workload)
+    return correct_formula(formula, calibration), remarks
 
 
 def _fit(

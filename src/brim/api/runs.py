@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from brim.api.files import load_plan
 from brim.api.jobs import read_job, read_shape
-from brim.api.measured import add_observation, calibrate, find_calibration
+from brim.api.measured import add_observation, correct_formula, read_calibration
 from brim.errors import BrimError, DoesNotFit, InvalidInput, MissingExtra
 from brim.planner.answerer import answer_by_formula
 from brim.planner.job import Job
 from brim.planner.options import JobOptions, read_options
 from brim.planner.plan import plan_workload
 from brim.planner.record import Plan
-from brim.spec.device import Cluster
+from brim.spec.device import Cluster, hold_cpu
 from brim.spec.model import ModelShape
 from brim.spec.observation import Observation
 from brim.spec.strategy import Strategy
@@ -23,7 +23,9 @@ from brim.spec.workload import Workload
 from brim.units import MIB, format_size
 
 if TYPE_CHECKING:
+    from brim.cost.correction import Calibration
     from brim.cost.ledger import Estimate
+    from brim.readers.nvml import LiveDevice
     from brim.trials.record import Trial
     from brim.trials.trial import Bench
 
@@ -32,6 +34,8 @@ _HOST_SHARE = 2
 """A CPU that stands in for a GPU takes one part in so many of the host's free memory."""
 _SURE = 3.0
 """A prediction that measured runs have corrected may be off by so many times its worst held-out error."""
+_LEAST_SPREAD = 0.05
+"""How far it may be off at least."""
 
 
 def trial(
@@ -58,16 +62,19 @@ def trial(
         MissingExtra: torch or the trainer is not installed.
         ProbeFailed: the step does not run, for a reason that is no matter of memory.
     """
-    if isinstance(subject, Plan) or _is_plan(subject):
-        bench, strategy = _read_plan(subject, device, options)
+    from brim.checks.script import is_plan
+
+    strategy: Strategy | None = None
+    if isinstance(subject, Plan) or is_plan(subject):
+        bench, strategy = _read_plan(subject, device, options)  # type: ignore[arg-type]
     else:
-        bench, strategy = _read_model(subject, device, options, climbs=climb is not False)
+        bench = _read_model(subject, device, options)
     bench.script, bench.say = script, say
     from brim.trials.trial import try_fastest, try_strategy
 
     bench.workload = replace(bench.workload, cluster=match_ranks(bench.workload.cluster, subject))
     if climb if climb is not None else strategy is None:
-        return try_fastest(bench, **_find_spread(bench))
+        return try_fastest(bench)
     return try_strategy(bench, strategy or _choose(bench))
 
 
@@ -149,33 +156,26 @@ def find_bench(job: Job, said: JobOptions) -> Bench:
         from brim.trials.trial import Bench
     except ModuleNotFoundError as error:
         raise MissingExtra(package=error.name or "torch", extra="train", purpose="a trial") from None
-    formula, remarks = answer_by_formula(), ()
-    if said.history is not False:
-        formula, remarks = calibrate(formula, job.workload)
-    keep = add_observation if said.history is not False and is_first() else lambda run: None
+    wants_history = said.history is not False
+    calibration, remarks = read_calibration(job.workload) if wants_history else (None, ())
     return Bench(
-        workload=job.workload, fixed=job.fixed, config=job.config, formula=formula, note=keep,
-        assumptions=(*job.assumptions, *remarks), brim_version=__version__,
+        workload=job.workload, fixed=job.fixed, config=job.config, spread=_find_spread(calibration),
+        formula=correct_formula(answer_by_formula(), calibration), assumptions=(*job.assumptions, *remarks),
+        note=add_observation if wants_history and is_first() else lambda run: None, brim_version=__version__,
     )  # fmt: skip
 
 
-def _is_plan(subject: object) -> bool:
-    return isinstance(subject, str) and subject.endswith(".json") and not subject.endswith("config.json")
-
-
-def _read_model(
-    subject: str | ModelShape, device: str | None, options: Mapping[str, Any], *, climbs: bool
-) -> tuple[Bench, Strategy | None]:
+def _read_model(subject: str | ModelShape, device: str | None, options: Mapping[str, Any]) -> Bench:
     """Return a job said in options."""
     said = read_options(dict(options))
     gpu, remark = _find_gpu(device or said.gpu)
     job = read_job(subject, replace(said, gpu=gpu), known_only=True)
     cluster, placed = place(job.workload.cluster)
-    remarks = (*((remark,) if remark else ()), *((placed,) if placed else ()))
+    remarks = (one for one in (remark, placed) if one)
     job = replace(
         job, workload=replace(job.workload, cluster=cluster), assumptions=(*job.assumptions, *remarks)
     )
-    return find_bench(job, said), None
+    return find_bench(job, said)
 
 
 def _read_plan(subject: str | Plan, device: str | None, options: Mapping[str, Any]) -> tuple[Bench, Strategy]:
@@ -196,25 +196,23 @@ def _read_plan(subject: str | Plan, device: str | None, options: Mapping[str, An
 
 def _replace_device(workload: Workload, device: str | None) -> tuple[Cluster, str]:
     """Return a plan's devices as they are run: those named, else its own, where this machine has them."""
-    from brim.readers.hardware import read_cluster
-
     if device is None:
         return place(workload.cluster)
+    from brim.readers.hardware import read_cluster
+
     gpu, remark = _find_gpu(device)
-    found, about = read_cluster(gpu or "auto")
-    count = workload.cluster
-    cluster, placed = place(replace(count, device=found.device))
+    found, about = read_cluster(gpu)
+    cluster, placed = place(replace(workload.cluster, device=found.device))
     return cluster, "; ".join(part for part in (remark, about, placed) if part)
 
 
-def _find_gpu(said: str | None) -> tuple[str | None, str]:
+def _find_gpu(said: str | None) -> tuple[str, str]:
     """Return the device to plan for: what was said, this machine's GPU, or a CPU where there is none."""
     if said is not None and said.strip().lower() != "auto":
         return said, ""
-    if has_gpu():
+    if find_live() is not None:
         return "auto", ""
-    size_bytes = read_host_bytes() // _HOST_SHARE // MIB * MIB
-    return f"cpu:{size_bytes}B", "no GPU here: run on this CPU, held to half of the memory that is free"
+    return f"cpu:{_spare_bytes()}B", "no GPU here: run on this CPU, held to half of the memory that is free"
 
 
 def place(cluster: Cluster) -> tuple[Cluster, str]:
@@ -222,31 +220,33 @@ def place(cluster: Cluster) -> tuple[Cluster, str]:
 
     A GPU of this machine is held to the size of the planned one. Without a GPU, a CPU is.
     """
-    if cluster.device.vendor == "cpu":
+    planned = cluster.device
+    if planned.vendor == "cpu":
         return cluster, ""
-    from brim.readers.nvml import read_live_devices
-
-    if has_gpu():
-        live = read_live_devices()[0][0]
-        if live.free_bytes >= cluster.device.plannable_bytes:
-            return cluster, ""
-        device = replace(cluster.device, free_bytes=min(live.free_bytes, cluster.device.capacity_bytes))
-        return replace(cluster, device=device), f"this GPU has {format_size(live.free_bytes)} free, less than planned"
-    from brim.readers.hardware import read_cluster
-
-    size_bytes = min(cluster.device.plannable_bytes, read_host_bytes() // _HOST_SHARE) // MIB * MIB
-    found, _ = read_cluster(f"cpu:{size_bytes}B")
-    return replace(cluster, device=found.device), f"no GPU here: run on this CPU, held to {format_size(size_bytes)}"
+    live = find_live()
+    if live is None:
+        size_bytes = min(planned.plannable_bytes, _spare_bytes()) // MIB * MIB
+        host = hold_cpu(size_bytes, "the planned GPU's, or half of what this host has free")
+        return replace(cluster, device=host), f"no GPU here: run on this CPU, held to {format_size(size_bytes)}"
+    if live.free_bytes >= planned.plannable_bytes:
+        return cluster, ""
+    device = replace(planned, free_bytes=min(live.free_bytes, planned.capacity_bytes))
+    return replace(cluster, device=device), f"this GPU has {format_size(live.free_bytes)} free, less than planned"
 
 
-def has_gpu() -> bool:
-    """Return whether this machine has a GPU that a program can use."""
+def find_live() -> LiveDevice | None:
+    """Return the first GPU that a program started now would see; None if there is none."""
     from brim.readers.nvml import read_live_devices
 
     try:
-        return bool(read_live_devices()[0])
+        return read_live_devices()[0][0]
     except BrimError:
-        return False
+        return None
+
+
+def _spare_bytes() -> int:
+    """Return what a CPU that stands in for a GPU may take of the host, in whole MiB, bytes."""
+    return read_host_bytes() // _HOST_SHARE // MIB * MIB
 
 
 def read_host_bytes() -> int:
@@ -265,14 +265,10 @@ def _choose(bench: Bench) -> Strategy:
     return plan_workload(bench.workload, bench.fixed, bench.formula).strategy
 
 
-def _find_spread(bench: Bench) -> dict[str, float]:
-    """Return how far predictions may be off, where measured runs of this card say so."""
+def _find_spread(calibration: Calibration | None) -> float:
+    """Return how far predictions may be off, as measured runs of this card say where there are some."""
     from brim.trials.ladder import UNTRIED_SPREAD
 
-    try:
-        known = find_calibration(bench.workload)
-    except (BrimError, RuntimeError, ImportError):  # a broken history must not stop a trial
-        return {}
-    if known is None:
-        return {}
-    return {"spread": min(UNTRIED_SPREAD, max(0.05, _SURE * known.allocated.worst_error_fraction))}
+    if calibration is None:
+        return UNTRIED_SPREAD
+    return min(UNTRIED_SPREAD, max(_LEAST_SPREAD, _SURE * calibration.allocated.worst_error_fraction))

@@ -7,12 +7,13 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from brim import versions
 from brim.checks.accumulation import WINDOW, Split, Subject
 from brim.checks.fsdp2 import sharding_on_cpu
 from brim.checks.gradients import CaptureOptimizer
@@ -129,13 +130,7 @@ def pick_rows(dataset: Any, num_ranks: int) -> list[Any]:
 
 def list_versions() -> tuple[tuple[str, str], ...]:
     """Return the releases of the packages that take part."""
-    found = []
-    for package in _PACKAGES:
-        try:
-            found.append((package, version(package)))
-        except PackageNotFoundError:
-            continue
-    return tuple(found)
+    return versions.list_versions(_PACKAGES)
 
 
 def _made(make_trainer: Callable[[], Any]) -> Any:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from brim import __version__
 from brim.errors import BrimError
 from brim.units import format_size
+from brim.versions import find_version
 
 PACKAGES = (
     "typer", "rich", "pydantic", "pyyaml", "jinja2", "huggingface_hub", "torch", "transformers", "trl", "peft",
@@ -37,10 +37,7 @@ def read_surroundings() -> dict[str, str]:
 
 def read_version(package: str) -> str:
     """Return the installed version of a package, `-` if it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "-"
+    return find_version(package) or "-"
 
 
 def _read_setting(name: str) -> str:

@@ -23,7 +23,7 @@ from brim.cost.overhead import context_bytes
 from brim.errors import BrimError
 from brim.spec.observation import Observation
 from brim.spec.strategy import Strategy
-from brim.spec.workload import Workload
+from brim.spec.workload import Workload, with_seq_len
 from brim.tables.read import Accuracy, list_accuracy
 
 T = TypeVar("T")
@@ -157,10 +157,10 @@ def fit(pairs: Iterable[Pair]) -> Correction | None:
 
 def _as_run(observation: Observation) -> Observation:
     """Return a run with the length that was really reached: shorter data must not pass for a formula too high."""
-    data, longest = observation.workload.data, observation.longest_tokens
-    if longest is None or not 0 < longest < data.seq_len:
+    longest = observation.longest_tokens
+    if longest is None or not 0 < longest < observation.workload.data.seq_len:
         return observation
-    return replace(observation, workload=replace(observation.workload, data=replace(data, seq_len=longest)))
+    return replace(observation, workload=with_seq_len(observation.workload, longest))
 
 
 def _way(run: Observation) -> Hashable:

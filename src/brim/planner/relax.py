@@ -15,7 +15,7 @@ from brim.planner.recipe import build_lora, build_quantization, build_recipe
 from brim.planner.record import Relaxation
 from brim.planner.search import Found, least_peak_bytes, search
 from brim.spec.device import Cluster, Device
-from brim.spec.workload import Workload
+from brim.spec.workload import Workload, with_seq_len
 from brim.tables.read import find_trainer, list_devices
 from brim.units import format_size
 
@@ -231,14 +231,6 @@ def _shorter_lengths(seq_len: int) -> list[int]:
     powers = [2**exponent for exponent in range(seq_len.bit_length() + 1)]
     lengths = {*powers, *(power + power // 2 for power in powers)}
     return sorted((length for length in lengths if _SHORTEST <= length < seq_len), reverse=True)
-
-
-def with_seq_len(workload: Workload, seq_len: int) -> Workload:
-    """Return the workload at another length, with the same effective batch in sequences."""
-    return replace(
-        workload, data=replace(workload.data, seq_len=seq_len),
-        batch=replace(workload.batch, tokens=workload.batch.sequences * seq_len),
-    )  # fmt: skip
 
 
 def _bigger_card(base: _Change, answerer: Answerer) -> Iterator[_Change]:

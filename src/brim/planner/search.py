@@ -113,7 +113,7 @@ def _walk(
         strategy = variant.at(micro, steps)
         peak = answerer.peak(workload, strategy)
         full = peak > budget_bytes
-        (over if full else fitting).append(_cost(workload, strategy, peak, answerer))
+        (over if full else fitting).append(cost_strategy(workload, strategy, peak, answerer))
     return fitting, over
 
 
@@ -123,7 +123,7 @@ def _cannot_win(
     """Whether a variant costs more than what fits already, whatever of it would fit: no split of it is in a tie."""
     if best is None:
         return False
-    costs = (_cost(workload, variant.at(*split), 0, answerer).cost for split in splits)
+    costs = (cost_strategy(workload, variant.at(*split), 0, answerer).cost for split in splits)
     return min(costs) > best.cost * (1 + TIE_FRACTION)
 
 
@@ -149,7 +149,8 @@ def _recomputation(variant: Variant) -> int:
     return _RECOMPUTATION[variant.knobs["activation_checkpointing"]]
 
 
-def _cost(workload: Workload, strategy: Strategy, peak_bytes: int, answerer: Answerer) -> Costed:
+def cost_strategy(workload: Workload, strategy: Strategy, peak_bytes: int, answerer: Answerer) -> Costed:
+    """Return a strategy with its time, or with the relative cost that ranks it where the device's speed is unknown."""
     seconds = answerer.seconds(workload, strategy)
     cost = answerer.order(workload, strategy) if seconds is None else seconds
     return Costed(strategy=strategy, peak_bytes=peak_bytes, seconds=seconds, cost=cost)

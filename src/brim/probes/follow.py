@@ -96,14 +96,15 @@ def _explained(workload: Workload) -> Iterator[None]:
     except BrimError:
         raise
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        text = f"the model asks for the values of a tensor: {_where(error)}; pass a build_model that does not"
+        text = f"the model asks for the values of a tensor: {describe_failure(error)}; pass a build_model that does not"
         raise ProbeFailed(text) from error
     except Exception as error:  # whatever the model's own code raises
-        raise ProbeFailed(f"the step of {quoted(workload.model.name)} does not run: {_where(error)}") from error
+        text = f"the step of {quoted(workload.model.name)} does not run: {describe_failure(error)}"
+        raise ProbeFailed(text) from error
 
 
-def _where(error: Exception) -> str:
-    """Return what went wrong in one line, with the model's own file and line."""
+def describe_failure(error: Exception) -> str:
+    """Return what went wrong in one line, with the model's or the user's own file and line."""
     line = (str(error).strip().splitlines() or [""])[0]
     text, place = f"{type(error).__name__}: {quoted(line)[1:-1]}", error.__traceback__
     origin = ""

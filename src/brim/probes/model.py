@@ -44,6 +44,24 @@ def build_from_config(
     Raises:
         MissingExtra: transformers is not installed. ProbeFailed: it cannot build this config.
     """
+    kind = find_class(architecture)
+    try:
+        known = make_config(config)
+        kernel = attention_kernel(attention, find_modeling(config["model_type"]))
+        if not getattr(kind, "_supports_sdpa", True):
+            kernel = "eager"
+        made_in = {} if dtype is None else {"dtype": torch_dtype(dtype)}
+        return kind._from_config(known, attn_implementation="eager" if kernel == "eager" else "sdpa", **made_in)
+    except Exception as error:  # whatever a model's own constructor raises
+        raise ProbeFailed(f"{architecture} cannot be built from its config: {_first_line(error)}") from error
+
+
+def find_class(architecture: str) -> Any:
+    """Return a class of transformers.
+
+    Raises:
+        MissingExtra: transformers is not installed. ProbeFailed: it has no such class.
+    """
     try:
         import transformers
     except ImportError:
@@ -52,19 +70,19 @@ def build_from_config(
     if kind is None:
         text = f"transformers {transformers.__version__} has no class {quoted(architecture)}; install a newer one"
         raise ProbeFailed(text, architecture=architecture)
+    return kind
+
+
+def make_config(config: Mapping[str, Any]) -> Any:
+    """Return a `config.json` as transformers' own object, complete enough to train."""
+    import transformers
+
     own = copy.deepcopy(dict(config))  # transformers fills in the rotary numbers of what it is given
     settings = {key: value for key, value in own.items() if key not in ("model_type", "architectures", "dtype")}
-    try:
-        known = transformers.AutoConfig.for_model(config["model_type"], **settings)
-        kernel = attention_kernel(attention, find_modeling(config["model_type"]))
-        if getattr(known, "is_encoder_decoder", False) and getattr(known, "decoder_start_token_id", None) is None:
-            known.decoder_start_token_id = 0  # which token the decoder's inputs begin with changes no tensor's size
-        if not getattr(kind, "_supports_sdpa", True):
-            kernel = "eager"
-        made_in = {} if dtype is None else {"dtype": torch_dtype(dtype)}
-        return kind._from_config(known, attn_implementation="eager" if kernel == "eager" else "sdpa", **made_in)
-    except Exception as error:  # whatever a model's own constructor raises
-        raise ProbeFailed(f"{architecture} cannot be built from its config: {_first_line(error)}") from error
+    known = transformers.AutoConfig.for_model(config["model_type"], **settings)
+    if getattr(known, "is_encoder_decoder", False) and getattr(known, "decoder_start_token_id", None) is None:
+        known.decoder_start_token_id = 0  # which token the decoder's inputs begin with changes no tensor's size
+    return known
 
 
 def prepare_model(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from brim.errors import InvalidInput, InvalidSize, UnknownName, quoted
 from brim.readers.nvml import LiveDevice, read_live_devices
-from brim.spec.device import Cluster, Device
+from brim.spec.device import Cluster, Device, hold_cpu
 from brim.tables.read import find_device, match_device
 from brim.units import MIB, format_size, parse_size
 
@@ -47,7 +47,7 @@ def read_cluster(text: str, *, num_nodes: int = 1) -> tuple[Cluster, str]:
 
 def _read_cpu(size: str) -> tuple[Cluster, str]:
     size_bytes = parse_size(size)
-    device = Device(name="cpu", capacity_bytes=size_bytes, vendor="cpu", source="the size the user gave")
+    device = hold_cpu(size_bytes, "the size the user gave")
     return Cluster(device=device), f"a CPU held to {format_size(size_bytes)} (speed unknown)"
 
 

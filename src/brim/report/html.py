@@ -42,6 +42,28 @@ STYLE = """
 .brim-plan ul{margin:2px 0;padding-left:20px}
 .brim-plan summary{cursor:pointer;font-weight:600;margin-top:12px}
 """
+_PAGE_STYLE = """
+:root{color-scheme:light dark}
+body{margin:0;background:Canvas;color:CanvasText}
+.brim-plan{margin:0 auto;padding:24px}
+.brim-plan h2{font-size:21px;margin:0 0 4px}
+"""
+
+
+def format_page(title: str, parts: Iterable[str], style: str = "") -> str:
+    """Return a self-contained page of pieces of HTML, light or dark as the reader's system is.
+
+    Args:
+        title: of the window; escaped here.
+        parts: what stands on it, one under another.
+        style: rules of its own, beside those of every page.
+    """
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}{_PAGE_STYLE}{style}</style></head>"
+        f'<body><div class="brim-plan">{"".join(parts)}</div></body></html>'
+    )
 
 
 def format_plan_html(plan: Plan) -> str:

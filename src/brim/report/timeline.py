@@ -9,7 +9,7 @@ from html import escape
 from brim.cost.ledger import Estimate, HeldTensor, Ledger
 from brim.cost.timeline import Timeline
 from brim.report.area import draw_timeline
-from brim.report.html import STYLE, format_row, format_table
+from brim.report.html import format_page, format_row, format_table
 from brim.report.memory import list_rows
 from brim.report.numbers import format_count, format_gib, format_share
 from brim.report.svg import COLORS
@@ -18,10 +18,7 @@ from brim.units import format_size
 _SHOWN_TENSORS = 20
 _THINNEST = 1 / 500
 _PAGE_STYLE = """
-:root{color-scheme:light dark}
-body{margin:0;background:Canvas;color:CanvasText}
-.brim-plan{max-width:1120px;margin:0 auto;padding:24px}
-.brim-plan h2{font-size:21px;margin:0 0 4px}
+.brim-plan{max-width:1120px}
 .brim-plan .legend span{margin-right:18px;white-space:nowrap}
 .brim-plan .line{display:inline-block;width:16px;vertical-align:middle;margin-right:6px;border-top:2px solid}
 .brim-plan .wide{overflow-x:auto}
@@ -53,12 +50,7 @@ def timeline_page(timeline: Timeline, estimate: Estimate, title: str) -> str:
         _format_tensors(estimate.tensors, estimate.peak_allocated_bytes),
         _format_notes(estimate),
     ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}{_PAGE_STYLE}</style></head>"
-        f'<body><div class="brim-plan">{"".join(parts)}</div></body></html>'
-    )
+    return format_page(title, parts, _PAGE_STYLE)
 
 
 def _format_head(timeline: Timeline, estimate: Estimate) -> str:

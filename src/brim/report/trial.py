@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from brim.report.commands import Commands
-from brim.report.html import STYLE, format_row, format_table
+from brim.report.html import format_page, format_row, format_table
 from brim.report.memory import make_table
 from brim.report.numbers import format_difference, format_rounded, format_seconds
 from brim.report.pareto import Scatter, draw_pareto
@@ -183,13 +183,7 @@ def trial_page(trial: Trial) -> str:
         *(f"<p>{escape(line)}</p>" for line in list_times(trial)),
         f'<p class="dim">{escape("; ".join(_list_assumed(trial)))}</p>',
     ]  # fmt: skip
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}:root{{color-scheme:light dark}}"
-        "body{margin:0;background:Canvas;color:CanvasText}.brim-plan{margin:0 auto;padding:24px}</style></head>"
-        f'<body><div class="brim-plan">{"".join(parts)}</div></body></html>'
-    )
+    return format_page(title, parts)
 
 
 def _format_row(cells: Sequence[str], style: str) -> str:

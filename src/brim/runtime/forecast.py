@@ -10,7 +10,7 @@ from brim.cost.overhead import workspace_bytes
 from brim.errors import BrimError
 from brim.planner.record import Plan
 from brim.runtime.sight import Fitting, correct_peak
-from brim.spec.device import Device
+from brim.spec.device import hold_cpu
 from brim.spec.strategy import Strategy
 from brim.spec.workload import Workload
 
@@ -108,7 +108,7 @@ def place(workload: Workload, device: str, capacity_bytes: int | None = None) ->
     planned = workload.cluster.device
     if device != _CPU or planned.vendor == _CPU:
         return workload
-    host = Device(name=_CPU, capacity_bytes=capacity_bytes or planned.capacity_bytes, vendor=_CPU)
+    host = hold_cpu(capacity_bytes or planned.capacity_bytes)
     return replace(workload, cluster=replace(workload.cluster, device=host))
 
 

@@ -24,31 +24,16 @@ def guard(
     trainer: Trainer, plan: Plan | None = None, *, exact: bool = True, watch: bool = True,
     recover: bool | None = None, note: Callable[[Observation], None] | None = None,
 ) -> Trainer:  # fmt: skip
-    """Return the same trainer, made exact, and watched: its class is rebound to a subclass of itself.
+    """Return the same trainer, its class rebound to a guarded subclass of itself.
 
-        trainer = brim.guard(SFTTrainer(...))
-        trainer.train()
-
-    Guarding twice changes nothing; `unguard` gives the class back. What the loss averages over is measured on the first
-    batch. The logged loss is the true mean over the batch, that of evaluation the true mean over the evaluation set.
+    `brim.guard` is this with the history as `note`, and says what each argument means.
 
     Args:
-        trainer: a `transformers.Trainer` or any subclass: Seq2SeqTrainer, TRL's SFT, DPO, Reward, your own.
-        plan: the plan that the run follows, or None.
-        exact: whether accumulation is made exact.
-        watch: whether memory and speed are watched and compared with the plan: what is wrong is said in one line on
-            stderr, each log of training gets `memory/...` and `speed/...`, and `brim-run.json` is written into the
-            output folder.
-        recover: whether an out-of-memory is survived, in training and evaluation. If None it is where accumulation is
-            made exact, since a window that is run again in smaller pieces must not become another one, and where that
-            can be done at all (a warning says why not); True insists.
+        trainer, plan, exact, watch, recover: as `brim.guard` takes them.
         note: given the observation when a watched run with a plan is over.
 
     Raises:
-        CannotRecover: raised by `train()` when memory runs out and no smaller split is left.
         InvalidInput: no trainer, something guard cannot do, transformers older than 4.46, DataParallel.
-        Unrecoverable: raised by `train()` when recovery was asked for and cannot be had: DeepSpeed, an older FSDP2.
-        InseparableLoss: raised by `train()` when the loss is no mean that splits over micro-batches.
     """
     _check(trainer)
     if recover and not exact:

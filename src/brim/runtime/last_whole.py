@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from brim.errors import InvalidFile
-from brim.runtime.restore import WindowStart, list_sharded
+from brim.runtime.restore import WindowStart, list_sharded, local_part
 
 RECORD = "brim-recover.json"
 """Name of the file with the split that a restarted run reads."""
@@ -86,7 +86,7 @@ def load_shard(folder: Path, rank: int, model: nn.Module, optimizer: torch.optim
     held = torch.load(path, map_location="cpu", weights_only=True)
     with torch.no_grad():
         for name, value in _list_tensors(model):
-            _local(value).copy_(held["tensors"][name])
+            local_part(value).copy_(held["tensors"][name])
     for name, parameter in _list_parameters(model).items():
         if name in held["states"]:
             optimizer.state[parameter] = {
@@ -140,21 +140,16 @@ def _list_parameters(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _local(tensor: Tensor) -> Tensor:
-    to_local = getattr(tensor, "to_local", None)
-    return (tensor if to_local is None else to_local()).detach()
-
-
 def _copy(value: Any) -> Any:
-    return _local(value).cpu() if isinstance(value, Tensor) else value
+    return local_part(value).cpu() if isinstance(value, Tensor) else value
 
 
 def _fit(value: Any, parameter: Tensor) -> Any:
     """Return a state as the optimizer would hold it: sharded and placed like its parameter, scalars on the host."""
-    if not isinstance(value, Tensor) or value.shape != _local(parameter).shape or not value.dim():
+    if not isinstance(value, Tensor) or value.shape != local_part(parameter).shape or not value.dim():
         return value
     room = torch.zeros_like(parameter, dtype=value.dtype)
-    _local(room).copy_(value)
+    local_part(room).copy_(value)
     return room.detach()
 
 

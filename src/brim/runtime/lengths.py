@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 _MOST_ROWS = 100_000
@@ -18,7 +19,7 @@ def find_longest(dataset: Any) -> int | None:
     if table is not None:
         return _ask_table(table)
     if isinstance(dataset, (list, tuple)) and 0 < len(dataset) <= _MOST_ROWS and isinstance(dataset[0], dict):
-        return max((_measure(row) for row in dataset), default=0) or None
+        return max((count_tokens(row) for row in dataset), default=0) or None
     return None
 
 
@@ -33,5 +34,8 @@ def _ask_table(table: Any) -> int | None:
     return max(whole, default=None)
 
 
-def _measure(row: dict[str, Any]) -> int:
+def count_tokens(row: Any) -> int:
+    """Return the tokens of a row, of its longest column where it has several; 0 if it has none."""
+    if not isinstance(row, Mapping):
+        return 0
     return max((len(row[name]) for name in _COUNTED if hasattr(row.get(name), "__len__")), default=0)

@@ -6,7 +6,6 @@ import os
 import sys
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib import metadata
 from typing import TYPE_CHECKING, Literal
 
 from brim.devices.driver import read_driver
@@ -17,6 +16,7 @@ from brim.runtime.sight import Sight, Verdict
 from brim.runtime.worst import Worst
 from brim.spec.observation import Observation, Prediction
 from brim.spec.strategy import Strategy
+from brim.versions import list_versions
 
 if TYPE_CHECKING:
     from brim.runtime.observe import Task
@@ -106,7 +106,7 @@ def _observe(plan: Plan, strategy: Strategy, measured: Measured, problem: str) -
     return Observation(
         kind="watch", workload=job, strategy=strategy, device=measured.device,
         finished=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), driver=read_driver(measured.device == "cpu"),
-        capacity_bytes=measured.capacity_bytes or _host_bytes(), versions=tuple(_list_versions()),
+        capacity_bytes=measured.capacity_bytes or _host_bytes(), versions=_list_loaded(),
         num_ranks=measured.num_ranks, num_steps=measured.num_steps, fits=not why, problem=why,
         peak_allocated_bytes=measured.peak_allocated_bytes,
         peak_reserved_bytes=measured.peak_reserved_bytes if mine else None,
@@ -132,17 +132,9 @@ def _host_bytes() -> int:
     return psutil.virtual_memory().total
 
 
-def _list_versions() -> list[tuple[str, str]]:
+def _list_loaded() -> tuple[tuple[str, str], ...]:
     """Return the releases of what is loaded."""
-    names = [name for name in _PACKAGES if name in sys.modules]
-    found = []
-    for name in names:
-        try:
-            package = name.replace("_", "-")
-            found.append((package, metadata.version(package)))
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return list_versions(name.replace("_", "-") for name in _PACKAGES if name in sys.modules)
 
 
 def is_expandable() -> bool:

@@ -19,8 +19,8 @@ from brim.runtime.pieces import Inputs, cut_pieces, explain_uncuttable
 from brim.runtime.ranks import is_distributed
 from brim.runtime.recoverable import explain_unrecoverable
 from brim.runtime.recovery import Ladder, RecoveryEvent
-from brim.runtime.restore import forget_scaling, is_out_of_memory, is_sharded, release_memory
-from brim.runtime.safe_step import HalfStepped, SafeStep
+from brim.runtime.restore import forget_scaling, is_sharded
+from brim.runtime.safe_step import SafeStep
 from brim.runtime.window import Window, open_window
 
 
@@ -90,7 +90,7 @@ class Recovery:
         )  # fmt: skip
         self._ladder.save_alone = self._save_alone  # type: ignore[method-assign]
         self._ladder.also_rewind = lambda: forget_scaling(scaler)
-        self._safe = SafeStep(optimizer, lambda error: self._note_step())
+        self._safe = SafeStep(optimizer, lambda error: self._ladder.note_step(self._ladder.size or 0))
         self._tap: AuxiliaryTap | None = None
 
     @property
@@ -232,26 +232,12 @@ class Recovery:
 
     def _step(self) -> None:
         """Step, and make sure that every rank has."""
-        half: str | None = None
         try:
-            self._step_once()
-        except Exception as error:
-            if not (isinstance(error, HalfStepped) or is_out_of_memory(error)):
-                raise
-            half = str(error)
-            release_memory(error)
-        self.optimizer.zero_grad(set_to_none=True)
-        if self._ladder.agreement.anyone(half is not None):
-            raise CannotRecover(
-                step=self._ladder.num_steps, where="optimizer step", micro_batch_size=self._ladder.size or 0,
-                reason=half or "another rank could not finish it",
-            )  # fmt: skip
+            self._ladder.step(self._step_once, self._ladder.size or 0)
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
         if self._scaler is not None:
             self._scaler.update()
-
-    def _note_step(self) -> None:
-        size = self._ladder.size or 0
-        self._ladder.note("optimizer step", size, size, "what was half written is put back and written again")
 
     def _save_alone(self) -> None:
         """A rank was left waiting: its own part of the last whole step, and the split of the run that comes next."""

@@ -21,8 +21,8 @@ from brim.runtime.pieces import Inputs
 from brim.runtime.ranks import is_distributed
 from brim.runtime.recoverable import explain_unrecoverable
 from brim.runtime.recovery import LOGGER, Ladder
-from brim.runtime.restore import forget_scaling, is_out_of_memory, is_sharded, release_memory
-from brim.runtime.safe_step import HalfStepped, SafeStep
+from brim.runtime.restore import forget_scaling, is_sharded
+from brim.runtime.safe_step import SafeStep
 from brim.runtime.trainer_loop import collate_parts
 
 _COLLECTIVES = ("gather", "gather_for_metrics", "reduce", "pad_across_processes")
@@ -167,27 +167,13 @@ def _make_clip(trainer: Any, ladder: Ladder, theirs: Callable[..., Any]) -> Call
 
 
 def _make_step(trainer: Any, ladder: Ladder, optimizer: torch.optim.Optimizer) -> Callable[..., Any]:
-    def note(error: BaseException) -> None:
-        size = ladder.size or trainer.args.train_batch_size
-        ladder.note("optimizer step", size, size, "what was half written is put back and written again")
+    def find_size() -> int:
+        return ladder.size or trainer.args.train_batch_size
 
-    safe = SafeStep(optimizer, note)
+    safe = SafeStep(optimizer, lambda error: ladder.note_step(find_size()))
 
     def step(closure: Any = None) -> Any:
-        half, found = None, None
-        try:
-            found = safe(closure)
-        except Exception as error:
-            if not (isinstance(error, HalfStepped) or is_out_of_memory(error)):
-                raise
-            half = str(error)
-            release_memory(error)
-        if ladder.agreement.anyone(half is not None):
-            raise CannotRecover(
-                step=trainer.state.global_step, where="optimizer step",
-                micro_batch_size=ladder.size or trainer.args.train_batch_size,
-                reason=half or "another rank could not finish it",
-            )  # fmt: skip
+        found = ladder.step(lambda: safe(closure), find_size())
         ladder.let_go()
         trainer._recover_window = None
         optimizer._opt_called = True  # type: ignore[attr-defined]

@@ -25,6 +25,7 @@ from brim.runtime.restore import (
     is_sharded,
     release_memory,
 )
+from brim.runtime.safe_step import HalfStepped
 
 Found = TypeVar("Found")
 LOGGER = logging.getLogger("brim.recover")
@@ -173,6 +174,35 @@ class Ladder:
             size = self.size or 0
             self.note("clipping" if where else "", size, size, "the window is run again as it was")
         return found, where
+
+    def step(self, act: Callable[[], Found], size: int) -> Found:
+        """Return what an optimizer step returns, once every rank has taken it.
+
+        Args:
+            act: takes it.
+            size: sequences of a piece, for the message.
+
+        Raises:
+            CannotRecover: memory ran out where a step cannot be taken apart, on this rank or another.
+        """
+        half, found = None, None
+        try:
+            found = act()
+        except Exception as error:
+            if not (isinstance(error, HalfStepped) or is_out_of_memory(error)):
+                raise
+            half = str(error)
+            release_memory(error)
+        if self.agreement.anyone(half is not None):
+            raise CannotRecover(
+                step=self.num_steps, where="optimizer step", micro_batch_size=size,
+                reason=half or "another rank could not finish it",
+            )  # fmt: skip
+        return found  # type: ignore[return-value]
+
+    def note_step(self, size: int) -> None:
+        """Say that an optimizer step ran out of memory and was finished."""
+        self.note("optimizer step", size, size, "what was half written is put back and written again")
 
     def leave(self, error: TooLate) -> NoReturn:
         """Save what this rank has and stop: the others wait in a collective, and end when this one is gone.

@@ -96,6 +96,12 @@ def list_sharded(part: nn.Module) -> list[Any]:
     return list(groups) if groups is not None else [state._fsdp_param_group] if state._fsdp_param_group else []
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor, without its graph."""
+    to_local = getattr(tensor, "to_local", None)
+    return (tensor if to_local is None else to_local()).detach()
+
+
 def forget_scaling(scaler: Any) -> None:
     """Let a GradScaler forget what it unscaled in a window that is run again; the scale itself stays.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from brim.runtime.restore import is_out_of_memory, release_memory
+from brim.runtime.restore import is_out_of_memory, local_part, release_memory
 
 COVERED = tuple(
     getattr(torch.optim, name)
@@ -120,7 +120,7 @@ class SafeStep:
             for parameter in list(group["params"]):
                 if parameter.grad is None:
                     continue
-                local = _local(parameter)
+                local = local_part(parameter)
                 chunk.append(parameter)
                 held += local.numel() * local.element_size()
                 if held >= (_CHUNK_BYTES_ON_HOST if copies and local.device.type == "cpu" else _CHUNK_BYTES):
@@ -175,10 +175,10 @@ class SafeStep:
         with torch.no_grad():
             for name, value in result.items():
                 if isinstance(value, Tensor) and new[name] is not None:
-                    _local(new[name]).copy_(value)
+                    local_part(new[name]).copy_(value)
                 else:
                     new[name] = value
-            _local(parameter).copy_(twin.detach())
+            local_part(parameter).copy_(twin.detach())
         if new:
             states[parameter] = new
 
@@ -209,10 +209,10 @@ class _Kept:
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameter: Tensor, *, scalars_only: bool) -> None:
         self._optimizer, self._parameter = optimizer, parameter
-        self._value = None if scalars_only else _local(parameter).clone()
+        self._value = None if scalars_only else local_part(parameter).clone()
         self._names = set(optimizer.state.get(parameter, ()))
         self._states = {
-            name: _local(value).clone() if isinstance(value, Tensor) else copy.copy(value)
+            name: local_part(value).clone() if isinstance(value, Tensor) else copy.copy(value)
             for name, value in optimizer.state.get(parameter, {}).items()
             if not (scalars_only and isinstance(value, Tensor) and value.numel() > 1)
         }
@@ -223,14 +223,14 @@ class _Kept:
             states.pop(self._parameter, None)
         with torch.no_grad():
             if self._value is not None:
-                _local(self._parameter).copy_(self._value)
+                local_part(self._parameter).copy_(self._value)
             if self._names:
                 held = states[self._parameter]
                 for name in set(held) - self._names:
                     del held[name]
                 for name, value in self._states.items():
                     if isinstance(value, Tensor) and isinstance(held.get(name), Tensor):
-                        _local(held[name]).copy_(value)
+                        local_part(held[name]).copy_(value)
                     else:
                         held[name] = value
 
@@ -239,7 +239,7 @@ def _first_state(group: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
     near = group["capturable"] or group["fused"]
     double = torch.get_default_dtype() == torch.float64 and not group["fused"]
     dtype = torch.float64 if double else torch.float32
-    step = torch.zeros((), dtype=dtype, device=_local(parameter).device if near else "cpu")
+    step = torch.zeros((), dtype=dtype, device=local_part(parameter).device if near else "cpu")
     names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
     zeros = {name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in names}
     return {"step": step, **zeros}
@@ -249,17 +249,11 @@ def _place(value: Any, parameter: Tensor, group: dict[str, Any]) -> Any:
     """Return room for a state that did not exist yet, where the optimizer would have made it."""
     if not isinstance(value, Tensor):
         return None
-    if value.shape == _local(parameter).shape and value.dim():
+    if value.shape == local_part(parameter).shape and value.dim():
         return torch.zeros_like(parameter, dtype=value.dtype)
     near = group.get("capturable") or group.get("fused") or value.dim()
-    return torch.empty_like(value, device=_local(parameter).device if near else "cpu")
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, without its graph."""
-    to_local = getattr(tensor, "to_local", None)
-    return (tensor if to_local is None else to_local()).detach()
+    return torch.empty_like(value, device=local_part(parameter).device if near else "cpu")
 
 
 def _to_host(value: Any) -> Any:
-    return _local(value).to("cpu", copy=True) if isinstance(value, Tensor) else copy.copy(value)
+    return local_part(value).to("cpu", copy=True) if isinstance(value, Tensor) else copy.copy(value)

@@ -65,6 +65,16 @@ class Device:
         return self.capacity_bytes if self.free_bytes is None else self.free_bytes
 
 
+def hold_cpu(capacity_bytes: int, source: str = "") -> Device:
+    """Return a CPU held to a size, which stands in for a card: it has neither context nor library workspaces.
+
+    Args:
+        capacity_bytes: what it may hold, bytes.
+        source: where that figure is from.
+    """
+    return Device(name="cpu", capacity_bytes=capacity_bytes, vendor="cpu", source=source)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
     """Devices of one kind: `devices_per_node` on each of `num_nodes` nodes."""

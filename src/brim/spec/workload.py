@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from brim.spec.data import DataProfile
@@ -57,3 +57,11 @@ class Workload:
     """Passes over the data."""
     objective: Literal["step_seconds"] = "step_seconds"
     """What the planner minimises."""
+
+
+def with_seq_len(workload: Workload, seq_len: int) -> Workload:
+    """Return the workload at another length, with the same effective batch in sequences."""
+    return replace(
+        workload, data=replace(workload.data, seq_len=seq_len),
+        batch=replace(workload.batch, tokens=workload.batch.sequences * seq_len),
+    )  # fmt: skip

@@ -11,7 +11,6 @@ from brim.probes.inputs import MakeInputs
 
 _TOKENS = ("input_ids", "decoder_input_ids", "labels")
 _MEDIA = ("pixel_values", "input_features", "input_values", "pixel_values_videos")
-IGNORED = -100
 
 
 def fill_tokens(make_inputs: MakeInputs, vocab_size: int, special: frozenset[int]) -> MakeInputs:

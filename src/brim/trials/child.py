@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from brim.files import write_text
 from brim.trials.request import Answer, Request
 
 READY = "ready"
@@ -62,11 +63,7 @@ def answer_file(folder: Path, number: str, perform: Perform) -> None:
     silence(folder / f"{number}.log")
     request = pickle.loads((folder / f"{number}.pickle").read_bytes())
     answer = perform(request)
-    text = json.dumps(asdict(answer))
-    whole = folder / f"{number}.json"
-    part = whole.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(whole)
+    write_text(folder / f"{number}.json", json.dumps(asdict(answer)))
 
 
 def silence(log: Path) -> None:

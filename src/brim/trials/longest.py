@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
 from brim.errors import ProbeFailed
+from brim.runtime.lengths import count_tokens
 
 _MOST_ROWS = 20_000
 """Rows that are looked at; of more, every so many-th."""
@@ -47,12 +48,6 @@ def find_longest(dataset: Any) -> tuple[Any, int, int]:
     lengths = {index: count_tokens(rows[index]) for index in range(0, len(rows), step)}
     index = max(lengths, key=lambda one: lengths[one])
     return rows, index, lengths[index]
-
-
-def count_tokens(row: Any) -> int:
-    """Return the tokens of a row; 0 if it has none."""
-    ids = row.get("input_ids") if isinstance(row, Mapping) else None
-    return len(ids) if ids is not None else 0
 
 
 def repeat_row(dataset: Any, index: int, count: int) -> Any:

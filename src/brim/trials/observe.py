@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import UTC, datetime
 
 from brim.cost.ledger import Estimate, StepTime
 from brim.planner.budget import USED_PERCENT
 from brim.planner.record import Plan
 from brim.spec.observation import Observation, Prediction
-from brim.spec.workload import Workload
+from brim.spec.workload import with_seq_len
 from brim.trials.ladder import Outcome
 from brim.trials.request import Answer
 from brim.units import format_size
@@ -29,7 +28,8 @@ def observe(plan: Plan, answer: Answer, capacity_bytes: int) -> Observation:
     step = None if micro is None else (fixed or 0.0) + strategy.gradient_accumulation_steps * micro
     if step is None and strategy.gradient_accumulation_steps in answer.seconds:
         step = answer.seconds[strategy.gradient_accumulation_steps]
-    workload = _as_run(plan.workload, answer.longest_tokens)
+    # a trainer of the user's may bring longer rows than planned: another job
+    workload = with_seq_len(plan.workload, max(answer.longest_tokens or 0, plan.workload.data.seq_len))
     sequences = strategy.micro_batch_size * strategy.gradient_accumulation_steps
     tokens = sequences * workload.data.seq_len * answer.real_fraction
     problem = find_problem(answer, plan.budget_bytes)
@@ -48,13 +48,6 @@ def observe(plan: Plan, answer: Answer, capacity_bytes: int) -> Observation:
             step_seconds=said.step_time.step_seconds if said.step_time else None,
         ),
     )  # fmt: skip
-
-
-def _as_run(workload: Workload, longest_tokens: int | None) -> Workload:
-    """Return the job with the length that its rows really had, where a trainer of the user's brings longer ones."""
-    if not longest_tokens or longest_tokens <= workload.data.seq_len:
-        return workload
-    return replace(workload, data=replace(workload.data, seq_len=longest_tokens))
 
 
 def split_seconds(seconds: Mapping[int, float]) -> tuple[float | None, float | None]:
@@ -83,24 +76,23 @@ def find_problem(answer: Answer, budget_bytes: int) -> str:
     return ""
 
 
-def find_held(answer: Answer) -> int | None:
+def find_held(read: Answer | Observation) -> int | None:
     """Return the bytes that have to stay within a plan's budget: those of tensors, and the part of the pool that
     stands for the whole card; None if it died.
 
     A budget is the part of a card that tensors may take, the rest being left to the pool: a pool that has taken more
     than the card counts as tensors over the budget.
     """
-    if answer.peak_allocated_bytes is None:
+    if read.peak_allocated_bytes is None:
         return None
-    return max(answer.peak_allocated_bytes, (answer.peak_reserved_bytes or 0) * USED_PERCENT // 100)
+    return max(read.peak_allocated_bytes, (read.peak_reserved_bytes or 0) * USED_PERCENT // 100)
 
 
-def read_outcome(observation: Observation, answer: Answer) -> Outcome:
+def read_outcome(run: Observation) -> Outcome:
     """Return a run as a climb learns from it."""
     return Outcome(
-        strategy=observation.strategy, fits=observation.fits, problem=observation.problem,
-        died=answer.ending in ("oom", "lost"), peak_bytes=answer.peak_allocated_bytes, held_bytes=find_held(answer),
-        seconds=observation.step_seconds,
+        strategy=run.strategy, fits=run.fits, problem=run.problem, died=run.peak_allocated_bytes is None,
+        peak_bytes=run.peak_allocated_bytes, held_bytes=find_held(run), seconds=run.step_seconds,
     )  # fmt: skip
 
 
@@ -131,8 +123,3 @@ def read_time(observation: Observation) -> StepTime | None:
         fixed_seconds=observation.fixed_seconds or 0.0, micro_batch_seconds=step / steps if micro is None else micro,
         step_seconds=step, tokens_per_second_per_device=tokens,
     )  # fmt: skip
-
-
-def mark_slower(observation: Observation, problem: str) -> Observation:
-    """Return a run that a climb counts as not fitting."""
-    return replace(observation, fits=False, problem=problem)

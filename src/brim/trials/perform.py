@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol
 
 import torch
@@ -15,7 +14,10 @@ from brim.devices.capped import CappedMemory
 from brim.devices.driver import read_driver
 from brim.devices.meter import CappedMeter, CudaMeter, Meter
 from brim.errors import BrimError, first_line
+from brim.probes.follow import describe_failure
+from brim.runtime.restore import is_out_of_memory
 from brim.trials.request import Answer, Request
+from brim.versions import list_versions
 
 FEW, MANY = 2, 4
 """Micro-batches of a step whose memory is read, and of one that tells what a micro-batch costs."""
@@ -42,19 +44,15 @@ class Run(Protocol):
 
 def perform(request: Request) -> Answer:
     """Return what running a request showed; whatever it raises is an answer too."""
-    about = Answer(ending="failed", versions=list_versions())
+    about = Answer(ending="failed", versions=list_versions(_PACKAGES))
     try:
         with open_device(request) as meter:
             about = replace(about, device=meter.name, driver=read_driver(request.on_cpu))
             return measure(request, meter, about)
-    except torch.OutOfMemoryError as error:
-        return replace(about, ending="oom", problem=first_line(error))
-    except BrimError as error:
-        return replace(about, problem=str(error))
     except Exception as error:
-        if is_out_of_memory(error):
+        if comes_of_memory(error):
             return replace(about, ending="oom", problem=first_line(error))
-        return replace(about, problem=f"{type(error).__name__}: {first_line(error)}{find_place(error)}")
+        return replace(about, problem=str(error) if isinstance(error, BrimError) else describe_failure(error))
 
 
 def measure(request: Request, meter: Meter, about: Answer) -> Answer:
@@ -131,32 +129,12 @@ def meet(meeting: str | None, backend: str) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Return whether an error is an out-of-memory, or was raised while one was handled; by type, never by its text."""
+def comes_of_memory(error: BaseException | None) -> bool:
+    """Return whether an error is an out-of-memory, or was raised while one was handled."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             return True
         seen.add(id(error))
         error = error.__cause__ or error.__context__
     return False
-
-
-def find_place(error: BaseException) -> str:
-    """Return file and line of the model's or the user's code that failed; empty if it was none of theirs."""
-    place, found = error.__traceback__, ""
-    while place is not None:
-        name = place.tb_frame.f_code.co_filename
-        if "/torch/" not in name and "/brim/" not in name:
-            found = f" ({name.rpartition('site-packages/')[2]}:{place.tb_lineno})"
-        place = place.tb_next
-    return found
-
-
-def list_versions() -> tuple[tuple[str, str], ...]:
-    """Return the releases of what takes part."""
-    found = []
-    for name in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found.append((name, version(name)))
-    return tuple(found)

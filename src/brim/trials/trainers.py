@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -26,8 +25,10 @@ from brim.trials.longest import find_longest, repeat_row
 from brim.trials.model import adapt, cast_adapters, find_device, find_lora, load_model
 from brim.trials.perform import FEW
 from brim.trials.request import Request
+from brim.versions import find_version
 
-_TARGETS = {"trl": "trl", "transformers": "transformers"}
+_BUILT = ("trl", "transformers")
+"""Trainers that are also export targets of their names, whose words build them."""
 
 
 def build_trainer(request: Request, meter: Meter) -> TrainerRun:
@@ -37,10 +38,10 @@ def build_trainer(request: Request, meter: Meter) -> TrainerRun:
         MissingExtra: the trainer is not installed. ProbeFailed: brim starts no such trainer by itself.
     """
     engine = request.plan.workload.recipe.engine.name
-    if engine not in _TARGETS:
+    if engine not in _BUILT:
         text = f"a trial starts no {engine} by itself; name your own trainer with --script train.py:make_trainer"
         raise ProbeFailed(text, engine=engine)
-    dialect = find_installed(_TARGETS[engine])
+    dialect = find_installed(engine)
     build = _build_sft if engine == "trl" else _build_hf
     return build(request, dialect, meter)
 
@@ -48,10 +49,10 @@ def build_trainer(request: Request, meter: Meter) -> TrainerRun:
 def find_installed(target: str) -> Dialect:
     """Return the dialect of the installed release of a trainer."""
     package = find_dialect(target, None).package
-    try:
-        return find_dialect(target, version(package))
-    except PackageNotFoundError:
-        raise MissingExtra(package=package, extra="train", purpose=f"a trial of {target}") from None
+    release = find_version(package)
+    if release is None:
+        raise MissingExtra(package=package, extra="train", purpose=f"a trial of {target}")
+    return find_dialect(target, release)
 
 
 def _build_hf(request: Request, dialect: Dialect, meter: Meter) -> TrainerRun:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from brim.planner.answerer import Answerer, budget_of
 from brim.planner.candidates import Fixed
 from brim.planner.plan import write_plan
 from brim.planner.record import Plan
-from brim.planner.search import Costed, Found
+from brim.planner.search import Found, cost_strategy
 from brim.planner.tried import plan_tried
 from brim.spec.observation import Observation
 from brim.spec.strategy import Strategy
@@ -19,10 +19,10 @@ from brim.spec.workload import Workload
 from brim.trials.candidates import list_candidates
 from brim.trials.climb import Climb, climb
 from brim.trials.ladder import UNTRIED_SPREAD, Candidate, Ladder, Outcome
-from brim.trials.observe import mark_slower, observe, read_estimate, read_outcome
+from brim.trials.observe import observe, read_estimate, read_outcome
 from brim.trials.ranks import Ranks
 from brim.trials.record import Point, Trial
-from brim.trials.request import Answer, Request
+from brim.trials.request import Request
 from brim.trials.workers import LONGEST_SECONDS, Worker
 
 
@@ -44,6 +44,8 @@ class Bench:
     """Defaults that were filled in."""
     brim_version: str = ""
     """Version to write into records."""
+    spread: float = UNTRIED_SPREAD
+    """How far predictions may be off, as a fraction."""
     longest_seconds: float = LONGEST_SECONDS
     """How long a strategy may take."""
     say: Callable[[Observation], None] = lambda run: None
@@ -54,7 +56,6 @@ class Bench:
     """What was run."""
     notes: dict[str, None] = field(default_factory=dict)
     """What the runs assumed."""
-    answers: dict[Strategy, Answer] = field(default_factory=dict)
 
     @property
     def on_cpu(self) -> bool:
@@ -83,13 +84,12 @@ class Bench:
 
     def predict(self, strategy: Strategy) -> Plan:
         """Return the job with a strategy, as the formula costs it."""
-        peak, seconds = self.formula.peak(self.workload, strategy), self.formula.seconds(self.workload, strategy)
-        costed = Costed(strategy=strategy, peak_bytes=peak, seconds=seconds, cost=seconds or 1.0)
+        costed = cost_strategy(self.workload, strategy, self.formula.peak(self.workload, strategy), self.formula)
         found = Found(best=costed, fitting=(costed,), over=(), budget_bytes=self.budget_bytes)
         plan = write_plan(self.workload, self.fixed, found, self.formula, brim_version=self.brim_version)
         return replace(plan, budget_bytes=self.budget_bytes)
 
-    def run(self, strategy: Strategy, worker: Worker, ranks: Ranks) -> tuple[Observation, Answer]:
+    def run(self, strategy: Strategy, worker: Worker, ranks: Ranks) -> Observation:
         """Run a strategy on every rank and return what it showed.
 
         Raises:
@@ -105,12 +105,11 @@ class Bench:
             raise ProbeFailed(f"the trial's step does not run: {answer.problem}")
         run = observe(plan, answer, self.capacity_bytes)
         self.runs.append(run)
-        self.answers[strategy] = answer
         self.notes |= dict.fromkeys(answer.notes)
         self.say(run)
         warning = self.note(run)
         self.notes |= {warning: None} if warning else {}
-        return run, answer
+        return run
 
 
 def try_strategy(bench: Bench, strategy: Strategy) -> Trial:
@@ -121,17 +120,13 @@ def try_strategy(bench: Bench, strategy: Strategy) -> Trial:
     """
     with Worker(bench.longest_seconds) as worker:
         ranks = bench.join(Ranks())
-        run, _ = bench.run(strategy, worker, ranks)
+        run = bench.run(strategy, worker, ranks)
     best = run if run.fits else None
-    return _finish(bench, best, "one strategy was asked for", (), 1)
+    return _finish(bench, best, "one strategy was asked for", Ladder(()))
 
 
-def try_fastest(bench: Bench, *, spread: float = UNTRIED_SPREAD) -> Trial:
+def try_fastest(bench: Bench) -> Trial:
     """Return the fastest strategy that fits, found in a few runs.
-
-    Args:
-        bench: the job on its device.
-        spread: how far predictions may be off, as a fraction.
 
     Raises:
         ProbeFailed: no strategy ran, for a reason that is no matter of memory.
@@ -143,54 +138,51 @@ def try_fastest(bench: Bench, *, spread: float = UNTRIED_SPREAD) -> Trial:
 
         def run(strategy: Strategy) -> Outcome:
             try:
-                return read_outcome(*bench.run(strategy, worker, ranks))
+                return read_outcome(bench.run(strategy, worker, ranks))
             except ProbeFailed as error:  # the other kinds may run: not every model can be checkpointed
                 failures.append(error)
                 return Outcome(strategy=strategy, fits=False, problem=str(error))
 
-        found = climb(candidates, run, bench.budget_bytes, spread=spread)
+        found = climb(candidates, run, bench.budget_bytes, spread=bench.spread)
     if failures and not bench.runs:
         raise failures[0]
     bench.notes |= dict.fromkeys(f"left out: {error}" for error in failures)
     _mark_slower(bench, found)
     chosen = found.best.strategy if found.best is not None else None
     best = next((run for run in bench.runs if run.strategy == chosen), None)
-    return _finish(bench, best, found.reason, candidates, len(candidates))
+    return _finish(bench, best, found.reason, Ladder(candidates, tried={one.strategy: one for one in found.tried}))
 
 
 def _mark_slower(bench: Bench, found: Climb) -> None:
     """Runs that the climb counts as not fitting, though they ended: slower than a smaller micro-batch."""
     said = {one.strategy: one.problem for one in found.tried if not one.fits}
     bench.runs = [
-        mark_slower(run, said[run.strategy]) if run.fits and run.strategy in said else run for run in bench.runs
+        replace(run, fits=False, problem=said[run.strategy]) if run.fits and run.strategy in said else run
+        for run in bench.runs
     ]
 
 
-def _finish(
-    bench: Bench, best: Observation | None, reason: str, candidates: Sequence[Candidate], num_candidates: int
-) -> Trial:
+def _finish(bench: Bench, best: Observation | None, reason: str, ladder: Ladder) -> Trial:
     plan = None
     if best is not None:
         plan = plan_tried(
             bench.workload, bench.fixed, bench.runs, best, read_estimate(best, tuple(bench.notes)), bench.formula,
-            assumptions=bench.assumptions, num_candidates=num_candidates, brim_version=bench.brim_version,
+            assumptions=bench.assumptions, num_candidates=len(ladder.candidates), brim_version=bench.brim_version,
         )  # fmt: skip
     return Trial(
-        runs=tuple(bench.runs), best=best, plan=plan, reason=reason, points=list_points(bench, candidates),
+        runs=tuple(bench.runs), best=best, plan=plan, reason=reason, points=list_points(bench, ladder),
         budget_bytes=bench.budget_bytes, notes=tuple(bench.notes),
     )  # fmt: skip
 
 
-def list_points(bench: Bench, candidates: Sequence[Candidate]) -> tuple[Point, ...]:
+def list_points(bench: Bench, ladder: Ladder) -> tuple[Point, ...]:
     """Return every candidate as memory and speed, the lightest first: as measured, else as runs of its kin say."""
-    ladder, runs = Ladder(candidates), {run.strategy: run for run in bench.runs}
-    for run in bench.runs:
-        ladder.note(read_outcome(run, bench.answers[run.strategy]))
+    runs = {run.strategy: run for run in bench.runs}
     timed = [run for run in bench.runs if run.step_seconds is not None]
     if not timed:
         return ()
     tokens = (timed[0].tokens_per_second or 0.0) * (timed[0].step_seconds or 0.0)
-    points = [_point(bench, ladder, one, runs.get(one.strategy), tokens) for one in candidates]
+    points = [_point(bench, ladder, one, runs.get(one.strategy), tokens) for one in ladder.candidates]
     return tuple(sorted((one for one in points if one is not None), key=lambda one: one.peak_bytes))
 
 

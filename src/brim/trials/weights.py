@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from brim.errors import ProbeFailed, first_line, quoted
+from brim.errors import ProbeFailed, first_line
 from brim.probes.dtypes import torch_dtype
+from brim.probes.model import find_class, make_config
 from brim.spec.recipe import Dtype
 
 _SCALE = 0.02
@@ -31,28 +31,18 @@ def load_random(
     Raises:
         ProbeFailed: the installed transformers has no such class, or cannot build it.
     """
-    import transformers
+    from transformers.utils.logging import disable_progress_bar
 
-    transformers.utils.logging.disable_progress_bar()
-    kind = getattr(transformers, architecture, None)
-    if kind is None:
-        raise ProbeFailed(
-            f"transformers {transformers.__version__} has no class {quoted(architecture)}; install a newer one"
-        )
-    own = copy.deepcopy(dict(config))  # transformers fills in the rotary numbers of what it is given
-    settings = {key: value for key, value in own.items() if key not in ("model_type", "architectures", "dtype")}
+    disable_progress_bar()
+    kind = find_class(architecture)
     try:
-        known = transformers.AutoConfig.for_model(config["model_type"], **settings)
-        if getattr(known, "is_encoder_decoder", False) and getattr(known, "decoder_start_token_id", None) is None:
-            known.decoder_start_token_id = 0
+        known = make_config(config)
         with torch.device("meta"):
             empty = kind._from_config(known, dtype=torch_dtype(dtype))
         model = kind.from_pretrained(
             None, config=known, state_dict=draw_weights(empty, device), dtype=torch_dtype(dtype),
             device_map={"": device}, **loading,
         )  # fmt: skip
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever a model's own constructor or a quantiser raises
         raise ProbeFailed(f"{architecture} cannot be loaded from random weights: {first_line(error)}") from error
     model.config.use_cache = False
