@@ -10,6 +10,7 @@ from brim.errors import DoesNotFit, InvalidStrategy
 from brim.planner.answerer import Answerer, answer_by_formula
 from brim.planner.plan import plan_workload
 from brim.planner.search import search
+from brim.spec.device import hold_cpu
 from brim.tables.read import find_device, list_devices
 
 
@@ -32,6 +33,14 @@ def test_the_verdict_is_one_line_with_numbers() -> None:
     )
     assert error.exit_code == 3 and error.at_moment == "loss"
     assert error.gap_bytes == error.facts["peak_allocated_bytes"] - error.facts["budget_bytes"] > 0
+
+
+def test_a_cpu_held_to_a_size_has_no_larger_card() -> None:
+    job = make_job(method="full")
+    cluster = replace(job.workload.cluster, device=hold_cpu(2 * GIB))
+    with pytest.raises(DoesNotFit, match="does not fit cpu") as refused:
+        plan_workload(replace(job.workload, cluster=cluster), job.fixed, answer_by_formula())
+    assert [change for change in changes(refused.value) if "--gpu" in change] == []
 
 
 def test_ways_out_are_cheapest_first_and_all_fit() -> None:

@@ -83,6 +83,7 @@ def test_torchrun_restarts_it_with_the_smaller_split(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
          str(job), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, timeout=SECONDS_IN_ALL, check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        timeout=SECONDS_IN_ALL, check=True,
     )  # fmt: skip
     assert (tmp_path / "done").read_text(encoding="utf-8") == "1 1"  # steps resumed from, micro-batch

@@ -254,7 +254,7 @@ def _bigger_card(base: _Change, answerer: Answerer) -> Iterator[_Change]:
 
 
 def _cards(cluster: Cluster) -> list[Device]:
-    """Return the cards of the table of the same vendor, smallest first."""
+    """Return the cards of the table of the same vendor, smallest first; none for a CPU that is held to a size."""
     cards = [device for device in list_devices() if device.vendor == cluster.device.vendor]
     return sorted(cards, key=lambda device: device.capacity_bytes)
 
@@ -266,7 +266,10 @@ def _moved(base: _Change, device: Device) -> Workload:
 def _last_resort(base: _Change, answerer: Answerer) -> Iterator[_Change]:
     """The largest card of the same vendor, with the longest rounded length that fits it."""
     cluster = base.workload.cluster
-    largest = _cards(cluster)[-1]
+    cards = _cards(cluster)
+    if not cards:
+        return
+    largest = cards[-1]
     effect = f"the largest {largest.vendor.upper()} card of the table, {format_size(largest.capacity_bytes)}"
     yield from _shorter(base.and_then(f"--gpu {_gpu_words(largest, cluster)}", effect, _moved(base, largest)), answerer)
 

@@ -19,7 +19,12 @@ from brim.runtime.restore import WindowStart, list_sharded, local_part
 RECORD = "brim-recover.json"
 """Name of the file with the split that a restarted run reads."""
 EXIT_CODE = 75
-"""What a rank that was left hanging ends with: torchrun restarts it. Source: sysexits.h, EX_TEMPFAIL."""
+"""What a rank that was left hanging ends with: torchrun restarts it. Source: sysexits.h, EX_TEMPFAIL.
+
+torchrun of torch 2.13 keeps the addresses of the run that was lost in a store that it shares with the restarted one,
+which then cannot connect: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each run its own. Source:
+torch/distributed/elastic/rendezvous/dynamic_rendezvous.py, `next_rendezvous`.
+"""
 
 
 def write_record(folder: Path, **facts: Any) -> None:

@@ -67,7 +67,8 @@ class Recovery:
             checkpointing: whether activation checkpointing may be turned on.
             overlap: whether DDP reduces while the last backward runs, which cannot be taken back; where the plan has
                 room to spare if None, and never after an out-of-memory.
-            timeout_seconds: how long a rank may wait for the others before it saves its part and ends with code 75.
+            timeout_seconds: how long a rank may wait for the others before it saves its part and ends with code 75, for
+                torchrun to restart the run; torch 2.13's does so dependably with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
             group: data-parallel process group; the default one if None.
 
         Raises:
