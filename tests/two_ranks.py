@@ -36,6 +36,9 @@ def join_ranks(rank: int, port: int, **settings: str) -> None:
 def run_checks(rank: int, port: int, checks: Sequence[Check], **settings: str) -> None:
     """Run every check on one rank; the first that fails ends both ranks.
 
+    What a check has made is gone before the barrier: a DDP module that is the last to hold the process group ends it
+    with the interpreter's lock held, which a thread of gloo's may wait for that still lets go of a reduction.
+
     Args:
         rank, port, settings: as in `join_ranks`.
         checks: each is given the rank.

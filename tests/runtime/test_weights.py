@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import torch
-import torch.multiprocessing as spawning
 from torch import Tensor, nn
 from transformers import LlamaConfig, T5Config
+from two_ranks import run_both, run_checks
 
 import brim
 from brim.checks.sequences import collate, make_rows
@@ -68,22 +69,21 @@ def test_every_split_ends_with_the_same_weights(architecture: str, optimizer: st
     assert {size: distance(ends[8], end) for size, end in ends.items() if distance(ends[8], end) > limit} == {}
 
 
-def train_on_rank(rank: int, folder: str, architecture: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def save_ends(rank: int, folder: str, architecture: str) -> None:
+    """Train on both ranks in every way; the modules are gone when the ranks leave each other."""
     ends = {}
     for optimizer, precision in LIMITS:
         module = nn.parallel.DistributedDataParallel(make_model(architecture, precision))
         ends[optimizer, precision] = train(module, optimizer, architecture, 4, rank, 2)
     if rank == 0:
         torch.save(ends, os.path.join(folder, "ends.pt"))
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("architecture", MODELS)
 def test_two_ranks_end_with_the_weights_of_one(tmp_path: Any, architecture: str) -> None:
     torch.set_num_threads(1)
-    spawning.spawn(train_on_rank, (str(tmp_path), architecture), nprocs=2)
+    check = partial(save_ends, folder=str(tmp_path), architecture=architecture)
+    run_both(partial(run_checks, checks=[check]), most_seconds=250)
     together = torch.load(tmp_path / "ends.pt")
     for (optimizer, precision), limit in LIMITS.items():
         alone = train(make_model(architecture, precision), optimizer, architecture, 8)
